@@ -1,0 +1,125 @@
+"""Guards. Every message says what was expected, what came, and what to do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def check_weight(weight: float | Callable[[int], float]) -> None:
+    """A number >= 0, or a callable of the step."""
+    if callable(weight):
+        return
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+        raise TypeError(f"weight must be a number >= 0 or a callable of the step, got {weight!r}")
+    if math.isnan(weight) or weight < 0 or math.isinf(weight):
+        raise ValueError(f"weight must be a finite number >= 0, got {weight}")
+
+
+def check_choice(name: str, value: object, choices: Collection[str]) -> None:
+    """One of a few strings."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_positive_int(name: str, value: object) -> None:
+    """An int >= 1 (True is not one)."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int >= 1, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be an int >= 1, got {value}")
+
+
+def check_positive(name: str, value: float) -> None:
+    """A finite number > 0."""
+    if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
+
+
+def check_model(model: object) -> None:
+    """An nn.Module; anything else has no parameters to look at."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"expected an nn.Module as model, got {type(model).__name__}: the order of the arguments is "
+            "(model, x, y)"
+        )
+
+
+def check_grad_enabled() -> None:
+    """Penalties are gradients, so they need autograd."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "a gradient penalty was called under torch.inference_mode(), where autograd records nothing: call "
+            "it outside, or inside `with torch.inference_mode(False), torch.enable_grad():` with cloned inputs"
+        )
+    if not torch.is_grad_enabled():
+        raise RuntimeError(
+            "a gradient penalty was called under torch.no_grad(), where autograd records nothing: call it "
+            "outside, or inside `with torch.enable_grad():`"
+        )
+
+
+def check_not_compiled(model: nn.Module, method: str) -> None:
+    """PyTorch refuses double backward through a compiled module; say so before it does."""
+    for module in model.modules():
+        compiled_in_place = getattr(module, "_compiled_call_impl", None) is not None
+        if compiled_in_place or type(module).__name__ == "OptimizedModule":
+            raise RuntimeError(
+                f'method="{method}" differentiates a gradient, and PyTorch cannot do that through a module '
+                "compiled with torch.compile. Two ways work: pass the original (uncompiled) module, whose "
+                'parameters are the same, or use method="finite_difference", which needs first derivatives only'
+            )
+
+
+def check_no_batch_statistics(model: nn.Module, quantity: str) -> None:
+    """BatchNorm that normalises with the batch's own statistics makes f_i depend on the other samples."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (
+            module.training or module.running_mean is None
+        ):
+            reason = "in training mode" if module.training else "without running statistics"
+            raise RuntimeError(
+                f"{quantity} is defined sample by sample, but layer {name!r} ({type(module).__name__} {reason}) "
+                "mixes the samples of a batch: put it into eval mode, replace it by GroupNorm or LayerNorm, or "
+                'use ParamGradPenalty(over="batch")'
+            )
+
+
+def check_batch_sizes(output: Any, target: Any) -> None:
+    """Output and target speak of the same samples."""
+    if not (isinstance(output, Tensor) and isinstance(target, Tensor)):
+        return
+    if output.dim() == 0:
+        raise ValueError(
+            "expected the model's output to have one row per sample, got a 0-dim tensor: gradient penalties "
+            "need the values of the single samples"
+        )
+    if target.dim() > 0 and output.shape[0] != target.shape[0]:
+        raise ValueError(
+            "expected output and target of the same batch size (dimension 0), got an output of shape "
+            f"{tuple(output.shape)} and a target of shape {tuple(target.shape)}"
+        )
+
+
+def check_input_rows(inputs: Sequence[Tensor], batch_size: int) -> None:
+    """Dimension 0 of every penalised input counts the samples."""
+    for tensor in inputs:
+        if tensor.dim() == 0 or tensor.shape[0] != batch_size:
+            raise ValueError(
+                f"expected one row of every input per sample, that is dimension 0 of size {batch_size} (the "
+                f"batch size of the output), got an input of shape {tuple(tensor.shape)}"
+            )
+
+
+def check_names_unique(names: Sequence[str]) -> None:
+    """Penalties are told apart by name."""
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(
+            f"expected penalties of different names, got {', '.join(map(repr, repeated))} more than once: give "
+            "one of them another name with name=…"
+        )

@@ -1,0 +1,47 @@
+"""Walks over the autograd graph that lies under a tensor."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+
+class GraphWalk(NamedTuple):
+    """Every node that a backward pass from one tensor can reach, and the leaves behind them."""
+
+    nodes: set[Any]
+    leaves: dict[int, Tensor]
+    leaf_edges: Counter[int]  # id(leaf) → how many places in the graph use it
+
+
+def edge_of(tensor: Tensor) -> GradientEdge:
+    """The place in the graph where the gradient of `tensor` arrives, also after in-place changes of it."""
+    return get_gradient_edge(tensor)
+
+
+def walk_graph(root: Tensor, stop_at: Collection[Any] = ()) -> GraphWalk:
+    """Visit the graph under `root` once, not looking behind the nodes in `stop_at`."""
+    nodes: set[Any] = set(stop_at)
+    leaves: dict[int, Tensor] = {}
+    leaf_edges: Counter[int] = Counter()
+    pending = [] if root.grad_fn is None else [root.grad_fn]
+    while pending:
+        node = pending.pop()
+        if node in nodes:
+            continue
+        nodes.add(node)
+        for parent, _ in node.next_functions:
+            if parent is None:
+                continue
+            if type(parent).__name__ == "AccumulateGrad":
+                leaf = parent.variable
+                leaves[id(leaf)] = leaf
+                leaf_edges[id(leaf)] += 1
+                nodes.add(parent)
+            else:
+                pending.append(parent)
+    return GraphWalk(nodes, leaves, leaf_edges)

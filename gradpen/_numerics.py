@@ -1,0 +1,60 @@
+"""Squared norms and roots that stay finite, also in their derivatives."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Upcast half precision, so that squares are accumulated in float32 at least."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def widest_float(tensor: Tensor) -> Tensor:
+    """Cast to float64 where the device has it: squares of tiny numbers do not underflow there."""
+    return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
+
+
+def full_precision(device: torch.device) -> torch.autocast:
+    """Autocast off: it would run the products behind a norm in half precision."""
+    return torch.autocast(device.type, enabled=False)
+
+
+def rounding_tolerance(tensor: Tensor) -> float:
+    """√eps of the narrowest type that took part in computing `tensor`: what rounding alone does not reach."""
+    dtype = tensor.dtype
+    if torch.is_autocast_enabled(tensor.device.type):
+        dtype = torch.get_autocast_dtype(tensor.device.type)
+    return float(torch.finfo(dtype).eps ** 0.5)
+
+
+def row_sq_norm(tensor: Tensor) -> Tensor:
+    """Σ over everything but dimension 0 of the squares: (B, …) → (B,)."""
+    rows = at_least_float32(tensor).reshape(tensor.shape[0], -1)
+    return torch.linalg.vecdot(rows, rows)
+
+
+def sum_tensors(tensors: Sequence[Tensor]) -> Tensor:
+    """Sum of tensors of one shape, at least one."""
+    return functools.reduce(torch.add, tensors)
+
+
+def total_sq_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """‖·‖² of all entries of all tensors together: 0-dim."""
+    return torch.stack([at_least_float32(tensor).square().sum() for tensor in tensors]).sum()
+
+
+def safe_sqrt(squared: Tensor) -> Tensor:
+    """√ with derivative 0 (instead of inf, and NaN behind it) at 0: the double-where."""
+    positive = squared > 0
+    return torch.where(positive, torch.where(positive, squared, 1.0).sqrt(), 0.0)
+
+
+def divide_or_zero(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """numerator / denominator, and 0 where the denominator is 0."""
+    nonzero = denominator != 0
+    return torch.where(nonzero, numerator / torch.where(nonzero, denominator, 1.0), 0.0)

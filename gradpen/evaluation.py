@@ -1,0 +1,214 @@
+"""Several squared gradient norms from one forward pass.
+
+`(model, x, y) → one recorded forward → f and its gradients, once for every distinct f → squared norms by group`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gradpen import _checks, finite_difference, gradients
+from gradpen.criteria import Criterion
+from gradpen.recording import Recording, RngState, call_with, map_tensors, record_forward
+from gradpen.terms import InputTerm, ParamTerm, Term, select_parameters
+
+
+class GroupNorms(NamedTuple):
+    """Squared norms and what they stand for."""
+
+    sq_norms: Tensor  # (groups,), differentiable
+    sizes: Tensor  # (groups,): how many samples are behind each
+
+
+class Evaluation(NamedTuple):
+    """The model's output, and what each term came to."""
+
+    output: Any
+    norms: list[GroupNorms]
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One forward pass and what it started from."""
+
+    model: nn.Module
+    x: Any
+    recording: Recording
+    rng: RngState  # before the forward pass
+
+
+@dataclass
+class _ScalarGradients:
+    """f on one forward pass, and its gradients, computed when first asked for."""
+
+    function: Callable[[Any], Tensor]
+    recording: Recording
+    inputs: bool = False
+    deltas: bool = False
+
+    @cached_property
+    def f(self) -> Tensor:
+        return self.function(self.recording.output)
+
+    @cached_property
+    def gradients(self) -> gradients.SampleGradients:
+        return gradients.sample_gradients(self.f, self.recording, inputs=self.inputs, deltas=self.deltas)
+
+
+def evaluate_terms(model: nn.Module, x: Any, y: Any, terms: Sequence[tuple[Term, Criterion]]) -> Evaluation:
+    """Compute what the terms ask for from one forward pass; terms of the same f share one backward pass.
+
+    Args:
+        model: any module.
+        x: tensor, tuple or dict.
+        y: target of the criteria.
+        terms: (term, criterion) pairs.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `gradpen.functional` says.
+    """
+    kinds = [term for term, _ in terms]
+    _check_call(model, kinds)
+    rng = RngState.capture()
+    recording = record_forward(
+        model,
+        x,
+        input_grad=any(isinstance(term, InputTerm) for term in kinds),
+        calls=any(_needs_deltas(term) for term in kinds),
+    )
+    forward = _Pass(model, x, recording, rng)
+    scalars: dict[Any, _ScalarGradients] = {}
+    for term, criterion in terms:
+        new = _ScalarGradients(term.scalar(criterion, y), recording)
+        scalar = scalars.setdefault(_scalar_key(term, criterion), new)
+        scalar.inputs |= isinstance(term, InputTerm) and term.method == "exact"
+        scalar.deltas |= _needs_deltas(term)
+    norms = []
+    for term, criterion in terms:
+        scalar = scalars[_scalar_key(term, criterion)]
+        if isinstance(term, InputTerm):
+            norms.append(_input_norms(forward, scalar, term))
+        else:
+            norms.append(_param_norms(forward, scalar, term, criterion, y))
+    return Evaluation(recording.output, norms)
+
+
+def _input_norms(forward: _Pass, scalar: _ScalarGradients, term: InputTerm) -> GroupNorms:
+    recording = forward.recording
+    if term.of == "output":
+        sq_norms = _jacobian_sq_norm(recording, term)
+        return GroupNorms(sq_norms, torch.ones_like(sq_norms))
+    _checks.check_input_rows(recording.inputs, scalar.f.shape[0])
+    if term.method == "exact":
+        gradients.find_mixed_calls(forward.model, scalar.f, recording, scalar.gradients)
+        sq_norms = gradients.input_sq_norm(scalar.gradients.inputs)
+    else:
+        sq_norms = finite_difference.input_norm(
+            forward.model,
+            forward.x,
+            scalar.f,
+            scalar.function,
+            recording.inputs,
+            scheme=term.scheme,
+            step=term.step,
+            rng=forward.rng,
+        ).square()
+    return GroupNorms(sq_norms, torch.ones_like(sq_norms))
+
+
+def _jacobian_sq_norm(recording: Recording, term: InputTerm) -> Tensor:
+    """‖J_i‖_F² over all outputs of sample i: (B,)."""
+    output = recording.output
+    if not isinstance(output, Tensor) or output.dim() == 0:
+        raise TypeError(
+            f'of="output" expects the model to return one tensor (B, …), got {type(output).__name__}: give a callable '
+            "(output, target) → (B,) as of=…"
+        )
+    _checks.check_input_rows(recording.inputs, output.shape[0])
+    if term.method == "exact":
+        return gradients.jacobian_sq_norm(output, recording.inputs)
+    return gradients.projected_jacobian_sq_norm(output, recording.inputs, term.num_projections, term.generator)
+
+
+def _param_norms(
+    forward: _Pass, scalar: _ScalarGradients, term: ParamTerm, criterion: Criterion, y: Any
+) -> GroupNorms:
+    parameters = select_parameters(forward.model, term.parameters)
+    f = scalar.f
+    group_size = term.group_size(f.shape[0])
+    starts = torch.arange(0, f.shape[0], group_size, device=f.device)
+    sizes = (f.shape[0] - starts).clamp(max=group_size).to(f.dtype)
+    if term.method == "finite_difference":
+        return GroupNorms(_finite_difference_norms(forward, scalar, term, criterion, y, parameters).square(), sizes)
+    if term.over == "batch":
+        return GroupNorms(gradients.batch_param_sq_norm(f, list(parameters.values())), sizes)
+    sq_norms = gradients.param_sq_norm(
+        forward.model,
+        forward.x,
+        f,
+        scalar.function,
+        forward.recording,
+        scalar.gradients,
+        parameters,
+        group_size=group_size,
+        rng=forward.rng,
+    )
+    return GroupNorms(sq_norms, sizes)
+
+
+def _finite_difference_norms(
+    forward: _Pass,
+    scalar: _ScalarGradients,
+    term: ParamTerm,
+    criterion: Criterion,
+    y: Any,
+    parameters: Mapping[str, Tensor],
+) -> Tensor:
+    """‖∇_θ mean_{i ∈ group} f_i‖: (groups,). Groups smaller than the batch get forward passes of their own."""
+    model, batch_size = forward.model, scalar.f.shape[0]
+    group_size = term.group_size(batch_size)
+    if group_size == batch_size:
+        groups = [(forward.x, scalar.f, scalar.function, forward.rng)]
+    else:
+        groups = []
+        for start in range(0, batch_size, group_size):
+            rows = slice(start, start + group_size)
+            x_rows, y_rows = (map_tensors(value, lambda t, rows=rows: t[rows]) for value in (forward.x, y))
+            rng, function = RngState.capture(), term.scalar(criterion, y_rows)
+            groups.append((x_rows, function(call_with(model, {}, x_rows)), function, rng))
+    norms = [
+        finite_difference.param_norm(
+            model, x, f.mean(), function, parameters, scheme=term.scheme, step=term.step, rng=rng
+        )
+        for x, f, function, rng in groups
+    ]
+    return torch.stack(norms)
+
+
+def _scalar_key(term: Term, criterion: Criterion) -> Any:
+    return term.of if isinstance(term, InputTerm) and term.of != "loss" else criterion
+
+
+def _needs_deltas(term: Term) -> bool:
+    return isinstance(term, ParamTerm) and term.method == "exact" and term.over != "batch"
+
+
+def _check_call(model: nn.Module, terms: Sequence[Term]) -> None:
+    """Refuse what cannot be right before any forward pass."""
+    _checks.check_model(model)
+    _checks.check_grad_enabled()
+    for term in terms:
+        if term.method != "finite_difference":
+            _checks.check_not_compiled(model, term.method)
+        if isinstance(term, InputTerm):
+            _checks.check_no_batch_statistics(model, "the input penalty")
+            continue
+        select_parameters(model, term.parameters)
+        if term.over != "batch":
+            _checks.check_no_batch_statistics(model, f"the parameter penalty over={term.over!r}")

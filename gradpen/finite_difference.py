@@ -1,0 +1,148 @@
+"""‖∇f‖² as a scalar whose gradient needs first derivatives only.
+
+With g = ∇L (detached), u = g/‖g‖ and a step r,
+
+    D = (L(θ + r u) − L(θ)) / r,      ∇D = (∇L(θ + r u) − ∇L(θ)) / r  →  ∇‖∇L‖   as r → 0,
+
+so ‖g‖ + (D − D.detach()) has the value ‖g‖ exactly and D's gradient; its square has 2‖g‖ ∇D → ∇‖∇L‖². Across ReLU kinks
+the difference quotient does not converge to the exact penalty's gradient: it is another regulariser there
+(Karakida, Takase, Hayase and Osawa 2023, arXiv 2210.02720).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradpen._graph import walk_graph
+from gradpen._numerics import divide_or_zero, row_sq_norm, total_sq_norm
+from gradpen.recording import RngState, call_with, float_tensors, map_floats
+
+SCHEMES = ("forward", "backward", "central")
+
+ScalarFn = Callable[[Any], Tensor]  # the model's output → f, (B,)
+
+
+def input_norm(
+    model: nn.Module,
+    x: Any,
+    f: Tensor,
+    scalar: ScalarFn,
+    inputs: Sequence[Tensor],
+    *,
+    scheme: str,
+    step: float,
+    rng: RngState,
+) -> Tensor:
+    """‖∇_x f_i‖, differentiable to first order: (B,).
+
+    Args:
+        model: the model.
+        x: the input that `inputs` are the floating-point tensors of.
+        f: one scalar a sample, (B,), of the forward pass from `inputs`.
+        scalar: the model's output → f.
+        inputs: tensors that f was computed from, requiring grad.
+        scheme: "forward", "backward" or "central".
+        step: length r of the displacement of every sample.
+        rng: the generators' state before the forward pass that gave f.
+    """
+    gradients = torch.autograd.grad(f.sum(), list(inputs), retain_graph=True, allow_unused=True)
+    found = [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, gradients, strict=True)]
+    norm = torch.stack([row_sq_norm(gradient) for gradient in found]).sum(0).sqrt()
+    directions = [divide_or_zero(g, norm.reshape(-1, *[1] * (g.dim() - 1)).to(g.dtype)) for g in found]
+
+    def displaced(signed_step: float) -> Tensor:
+        given = float_tensors(x)  # as the user gave them: no gradient flows where none was asked for
+        moved = iter([tensor + signed_step * u for tensor, u in zip(given, directions, strict=True)])
+        with rng.replayed():
+            return scalar(call_with(model, {}, map_floats(x, lambda _: next(moved))))
+
+    return _norm_with_gradient(norm, _difference_quotient(displaced, f, scheme, step))
+
+
+def param_norm(
+    model: nn.Module,
+    x: Any,
+    loss: Tensor,
+    scalar: ScalarFn,
+    parameters: Mapping[str, Tensor],
+    *,
+    scheme: str,
+    step: float,
+    rng: RngState,
+) -> Tensor:
+    """‖∇_θ L‖ for L = mean_i f_i, differentiable to first order: 0-dim.
+
+    Args:
+        model: the model.
+        x: its input.
+        loss: L at θ.
+        scalar: the model's output → f.
+        parameters: name → parameter, those that the norm is taken over.
+        scheme: "forward", "backward" or "central".
+        step: length r of the displacement, so that ε = r/‖∇_θ L‖.
+        rng: the generators' state before the forward pass that gave `loss`.
+    """
+    replayed, gradient_of = _replay_gradient(loss, x)
+    found = {name: gradient_of[id(p)] for name, p in parameters.items() if id(p) in gradient_of}
+    if not found:
+        return loss.new_zeros(())
+    norm = total_sq_norm(list(found.values())).sqrt()
+
+    def displaced(signed_step: float) -> Tensor:
+        moved = {
+            name: parameters[name] + signed_step * divide_or_zero(gradient, norm.to(gradient.dtype))
+            for name, gradient in found.items()
+        }
+        with rng.replayed():
+            return scalar(call_with(model, moved, x)).mean()
+
+    return _norm_with_gradient(norm, _difference_quotient(displaced, replayed, scheme, step))
+
+
+def _difference_quotient(displaced: Callable[[float], Tensor], here: Tensor, scheme: str, step: float) -> Tensor:
+    match scheme:
+        case "forward":
+            return (displaced(step) - here) / step
+        case "backward":
+            return (here - displaced(-step)) / step
+    return (displaced(step) - displaced(-step)) / (2 * step)
+
+
+def _norm_with_gradient(norm: Tensor, quotient: Tensor) -> Tensor:
+    """The value of the first, the gradient of the second; no gradient where the norm is 0."""
+    quotient = torch.where(norm > 0, quotient, 0.0)
+    return norm + (quotient - quotient.detach())
+
+
+def _replay_gradient(loss: Tensor, x: Any) -> tuple[Tensor, dict[int, Tensor]]:
+    """`loss` with its gradient computed now, so that no later backward pass computes it again.
+
+    Returns:
+        A scalar of the same value and gradient, and id(leaf) → ∂loss/∂leaf.
+    """
+    boundary = [tensor for tensor in float_tensors(x) if tensor.requires_grad]
+    walk = walk_graph(loss, stop_at=[tensor.grad_fn for tensor in boundary if tensor.grad_fn is not None])
+    sources = list({id(tensor): tensor for tensor in (*walk.leaves.values(), *boundary)}.values())
+    gradients = torch.autograd.grad(loss, sources, retain_graph=True, allow_unused=True)
+    used = [(source, g) for source, g in zip(sources, gradients, strict=True) if g is not None]
+    replayed = _Replay.apply(loss.detach(), [g for _, g in used], *(source for source, _ in used))
+    return replayed, {id(source): g for source, g in used}
+
+
+class _Replay(torch.autograd.Function):
+    """A constant that hands known gradients to its sources."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *sources: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return None, None, *(gradient * grad_output for gradient in ctx.gradients)
+
+

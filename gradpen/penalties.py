@@ -1,0 +1,325 @@
+"""The two penalties as losses, and the objective that computes everything from one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gradpen import _checks
+from gradpen._numerics import safe_sqrt
+from gradpen.criteria import as_criterion
+from gradpen.evaluation import GroupNorms, evaluate_terms
+from gradpen.recording import tensors_of
+from gradpen.terms import InputTerm, ParameterFilter, ParamTerm, Term
+
+Weight = float | Callable[[int], float]
+
+
+class GradPenalty(nn.Module):
+    """What both penalties share: weight, schedule, reduction. Use `InputGradPenalty` or `ParamGradPenalty`."""
+
+    term: Term
+
+    def __init__(
+        self,
+        weight: Weight,
+        *,
+        criterion: Callable[..., Tensor] | None,
+        squared: bool,
+        every_n_steps: int,
+        name: str,
+    ) -> None:
+        super().__init__()
+        _checks.check_weight(weight)
+        _checks.check_positive_int("every_n_steps", every_n_steps)
+        self.weight = weight
+        self.criterion = criterion
+        self.squared = squared
+        self.every_n_steps = every_n_steps
+        self.name = name
+        self.num_calls = 0
+        self._criterion = as_criterion(F.cross_entropy if criterion is None else criterion)
+
+    def forward(self, model: nn.Module, x: Any, y: Any = None) -> Tensor:
+        """weight × R for one batch, to be added to any loss.
+
+        Args:
+            model: the module that is trained.
+            x: input of shape (B, …), or a tuple or dict of inputs.
+            y: target of shape (B, …), as the criterion takes it.
+
+        Returns:
+            A differentiable 0-dim tensor; 0 on the steps that ``every_n_steps`` leaves out.
+        """
+        factor = self.advance(model)
+        if factor is None:
+            return _zero(model, x)
+        norms = evaluate_terms(model, x, y, [(self.term, self._criterion)]).norms[0]
+        return factor * self.reduce(norms)
+
+    def advance(self, model: nn.Module) -> float | None:
+        """Count one call; what R is to be multiplied by now, or None on a step that is left out.
+
+        Calls on a model in eval mode are not counted, never left out, and weighted plainly.
+
+        Raises:
+            ValueError: if a weight schedule returns something that is no weight.
+        """
+        weight = self.weight(self.num_calls) if callable(self.weight) else self.weight
+        _checks.check_weight(weight)
+        if not model.training:
+            return weight
+        due = self.num_calls % self.every_n_steps == 0
+        self.num_calls += 1
+        return weight * self.every_n_steps if due else None
+
+    def reduce(self, norms: GroupNorms) -> Tensor:
+        """R: the mean over samples of ‖·‖², or of ‖·‖."""
+        values = norms.sq_norms if self.squared else safe_sqrt(norms.sq_norms)
+        return (values * norms.sizes).sum() / norms.sizes.sum()
+
+    def get_extra_state(self) -> dict[str, int]:
+        """The step counter, so that schedules and lazy steps survive a resume."""
+        return {"num_calls": self.num_calls}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        """Put the step counter back."""
+        self.num_calls = int(state["num_calls"])
+
+    def extra_repr(self) -> str:
+        """The settings, as the constructor takes them."""
+        return f"weight={self.weight}, {self.term}, squared={self.squared}, every_n_steps={self.every_n_steps}"
+
+
+class InputGradPenalty(GradPenalty):
+    r"""Penalty on the gradient of the loss with respect to the input.
+
+    .. math:: R_x = \frac1B \sum_i \|\nabla_x f_i\|^2, \qquad \text{loss} = \text{data loss} + \text{weight} \cdot R_x
+
+    Args:
+        weight: number >= 0, or a callable of the step (the number of training-mode calls so far).
+        of: "loss" (f_i is sample i's loss), "output" (:math:`\|J_i\|_F^2` over all outputs), or a callable
+            (output, target) → (B,).
+        criterion: gives f_i; default F.cross_entropy, or the objective's criterion within `PenalizedLoss`.
+        method: "exact", "projection" (random output directions, unbiased, for ``of="output"``), or
+            "finite_difference" (needs first derivatives only, so it works through compiled modules).
+        num_projections: output directions per sample for "projection".
+        scheme: "forward", "backward" or "central" for "finite_difference".
+        step: length of the displacement of x for "finite_difference", in units of x.
+        squared: mean of the squared norms, or of the norms (with derivative 0 at 0).
+        target: if given, :math:`R = \frac1B \sum_i (\|\nabla_x f_i\| - \text{target})^2`, as in WGAN-GP.
+        one_sided: penalise only norms above `target`.
+        every_n_steps: lazy regularisation: compute the term on every n-th training-mode call, with n times the weight.
+        name: key in `PenalizedOutput.penalties`.
+        generator: where "projection" draws from.
+
+    Raises:
+        ValueError: on a weight that is negative or NaN, or an unknown option.
+
+    Example:
+        >>> import torch, torch.nn.functional as F
+        >>> from gradpen import InputGradPenalty
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        >>> x, y = torch.randn(5, 4), torch.randint(3, (5,))
+        >>> penalty = InputGradPenalty(weight=0.1)
+        >>> loss = F.cross_entropy(model(x), y) + penalty(model, x, y)
+        >>> loss.backward()
+
+    Source:
+        Drucker and LeCun, "Improving generalization performance using double backpropagation" (1992); the norm
+        target is that of Gulrajani et al., "Improved training of Wasserstein GANs" (2017, arXiv 1704.00028).
+    """
+
+    term: InputTerm
+
+    def __init__(
+        self,
+        weight: Weight = 1.0,
+        *,
+        of: str | Callable[[Any, Any], Tensor] = "loss",
+        criterion: Callable[..., Tensor] | None = None,
+        method: str = "exact",
+        num_projections: int = 1,
+        scheme: str = "forward",
+        step: float = 0.01,
+        squared: bool = True,
+        target: float | None = None,
+        one_sided: bool = False,
+        every_n_steps: int = 1,
+        name: str = "input",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(weight, criterion=criterion, squared=squared, every_n_steps=every_n_steps, name=name)
+        if target is not None and not target >= 0:
+            raise ValueError(f"target must be a norm >= 0 or None, got {target}")
+        if one_sided and target is None:
+            raise ValueError("one_sided=True penalises norms above a target, so it expects target=…, got None")
+        self.term = InputTerm(of, method, num_projections, scheme, step, generator)
+        self.target = target
+        self.one_sided = one_sided
+
+    def reduce(self, norms: GroupNorms) -> Tensor:
+        """R: the mean over samples of ‖·‖², of ‖·‖, or of (‖·‖ − target)²."""
+        if self.target is None:
+            return super().reduce(norms)
+        excess = safe_sqrt(norms.sq_norms) - self.target
+        return (excess.clamp(min=0) if self.one_sided else excess).square().mean()
+
+
+class ParamGradPenalty(GradPenalty):
+    r"""Penalty on the gradient of the loss with respect to the parameters.
+
+    .. math::
+        R_\theta = \frac1B \sum_i \|\nabla_\theta f_i\|^2 \quad (\text{over="sample"}), \qquad
+        R_\theta = \Big\|\nabla_\theta \frac1B \sum_i f_i\Big\|^2 \quad (\text{over="batch"})
+
+    The first is the side of the inequality that bounds R_x; the second is implicit gradient regularisation. They differ
+    by the trace of the gradient-noise covariance.
+
+    With ``method="finite_difference"``, ``squared=False`` and ``over="batch"`` the gradient of data loss + penalty is
+    :math:`(1-\alpha)\nabla L(\theta) + \alpha \nabla L(\theta + r\,g/\|g\|)` with r = `step` and α = weight / r; SAM is
+    the special case α = 1, that is weight = step.
+
+    Args:
+        weight: number >= 0, or a callable of the step (the number of training-mode calls so far).
+        over: "sample", "batch", or an int: micro-batches of that many consecutive samples (a smaller last one counts in
+            proportion).
+        criterion: gives f_i; default F.cross_entropy, or the objective's criterion within `PenalizedLoss`.
+        method: "exact", or "finite_difference" (first derivatives only; meant for ``over="batch"``, since samples and
+            micro-batches are done one after the other).
+        scheme: "forward", "backward" or "central" for "finite_difference".
+        step: length r of the displacement of θ along the gradient, ε = r/‖∇_θ L‖.
+        squared: mean of the squared norms, or of the norms (with derivative 0 at 0).
+        parameters: which parameters count: a callable (name, parameter) → bool, or glob patterns such as
+            ``["*.weight"]``; default all that require grad.
+        every_n_steps: lazy regularisation: compute the term on every n-th training-mode call, with n times the weight.
+        name: key in `PenalizedOutput.penalties`.
+
+    Raises:
+        ValueError: on a weight that is negative or NaN, or an unknown option.
+
+    Example:
+        >>> import torch, torch.nn.functional as F
+        >>> from gradpen import ParamGradPenalty
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        >>> x, y = torch.randn(5, 4), torch.randint(3, (5,))
+        >>> penalty = ParamGradPenalty(weight=0.01, over="sample")
+        >>> loss = F.cross_entropy(model(x), y) + penalty(model, x, y)
+        >>> loss.backward()
+
+    Source:
+        Su, "An inequality between the input gradient penalty and the parameter gradient penalty" (2021,
+        kexue.fm/archives/8796) for "sample"; Barrett and Dherin, "Implicit gradient regularization" (2021, arXiv
+        2009.11162) for "batch"; Zhao, Zhang and Hu, "Penalizing gradient norm for efficiently improving
+        generalization in deep learning" (2022, arXiv 2202.03599) for ``squared=False`` and the α form.
+    """
+
+    term: ParamTerm
+
+    def __init__(
+        self,
+        weight: Weight = 1.0,
+        *,
+        over: str | int = "sample",
+        criterion: Callable[..., Tensor] | None = None,
+        method: str = "exact",
+        scheme: str = "forward",
+        step: float = 0.01,
+        squared: bool = True,
+        parameters: ParameterFilter | None = None,
+        every_n_steps: int = 1,
+        name: str = "param",
+    ) -> None:
+        super().__init__(weight, criterion=criterion, squared=squared, every_n_steps=every_n_steps, name=name)
+        self.term = ParamTerm(over, method, scheme, step, parameters)
+
+
+class PenalizedOutput(NamedTuple):
+    """What `PenalizedLoss` returns.
+
+    Attributes:
+        loss: data_loss + Σ weight · R, 0-dim: call ``backward()`` on it.
+        data_loss: exactly ``criterion(model(x), y)``.
+        penalties: name → the unweighted R, 0-dim; 0 on steps that ``every_n_steps`` leaves out.
+        output: the model's output.
+    """
+
+    loss: Tensor
+    data_loss: Tensor
+    penalties: dict[str, Tensor]
+    output: Any
+
+
+class PenalizedLoss(nn.Module):
+    r"""Data loss and gradient penalties from one forward pass.
+
+    .. math:: \text{loss} = L(\theta) + \sum_k \text{weight}_k R_k
+
+    Penalties of the same f share one backward graph.
+
+    Args:
+        criterion: the data loss: a function or module with a ``reduction`` argument, or a callable that returns one
+            value per sample (its mean is then the data loss).
+        *penalties: `InputGradPenalty` and `ParamGradPenalty`, of different names.
+
+    Raises:
+        ValueError: if two penalties have the same name.
+
+    Example:
+        >>> import torch, torch.nn.functional as F
+        >>> from gradpen import InputGradPenalty, ParamGradPenalty, PenalizedLoss
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        >>> x, y = torch.randn(5, 4), torch.randint(3, (5,))
+        >>> objective = PenalizedLoss(F.cross_entropy, InputGradPenalty(0.1), ParamGradPenalty(0.01))
+        >>> out = objective(model, x, y)
+        >>> out.loss.backward()
+        >>> sorted(out.penalties)
+        ['input', 'param']
+    """
+
+    def __init__(self, criterion: Callable[..., Tensor], *penalties: GradPenalty) -> None:
+        super().__init__()
+        for penalty in penalties:
+            if not isinstance(penalty, GradPenalty):
+                raise TypeError(
+                    "expected InputGradPenalty or ParamGradPenalty objects after the criterion, got "
+                    f"{type(penalty).__name__}"
+                )
+        _checks.check_names_unique([penalty.name for penalty in penalties])
+        self.criterion = criterion
+        self.penalties = nn.ModuleList(penalties)
+        self._criterion = as_criterion(criterion)
+
+    def forward(self, model: nn.Module, x: Any, y: Any = None) -> PenalizedOutput:
+        """One forward pass, everything computed from it.
+
+        Args:
+            model: the module that is trained.
+            x: input of shape (B, …), or a tuple or dict of inputs.
+            y: target of shape (B, …), as the criterion takes it.
+        """
+        penalties = [penalty for penalty in self.penalties if isinstance(penalty, GradPenalty)]
+        factors = [penalty.advance(model) for penalty in penalties]
+        due = [(penalty, factor) for penalty, factor in zip(penalties, factors, strict=True) if factor is not None]
+        terms = [
+            (penalty.term, self._criterion if penalty.criterion is None else penalty._criterion) for penalty, _ in due
+        ]
+        evaluation = evaluate_terms(model, x, y, terms)
+        data_loss = self._criterion.data_loss(evaluation.output, y)
+        values = {penalty.name: data_loss.new_zeros(()) for penalty in penalties}
+        loss = data_loss
+        for (penalty, factor), norms in zip(due, evaluation.norms, strict=True):
+            values[penalty.name] = penalty.reduce(norms)
+            loss = loss + factor * values[penalty.name]
+        return PenalizedOutput(loss, data_loss, values, evaluation.output)
+
+
+def _zero(model: nn.Module, x: Any) -> Tensor:
+    """A zero that adds to a loss, on the device of the model or of the input."""
+    like = next(model.parameters(), None)
+    tensors = [like] if like is not None else tensors_of(x)
+    return torch.zeros((), device=tensors[0].device if tensors else None)

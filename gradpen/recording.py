@@ -1,0 +1,255 @@
+"""One forward pass of a model, and the parametric calls that were made in it.
+
+Nothing is attached to the model: a `TorchFunctionMode` around the forward sees every ``F.linear``, ``F.conv2d``, … with
+the very weight it used, so functional calls, reused, tied and parametrised weights are seen as they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+from torch.overrides import TorchFunctionMode
+
+from gradpen import _graph
+
+
+class Call(NamedTuple):
+    """One call of a layer function: output = op(input, weight, bias, **options)."""
+
+    op: str
+    input: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    options: dict[str, Any]
+    output: GradientEdge  # where ∂f/∂output arrives: the tensor itself may be changed in place later
+    output_shape: torch.Size
+    input_version: int
+
+    def checked_input(self) -> Tensor:
+        """The input as the layer saw it; an in-place change since then is an error, as it is in autograd."""
+        if self.input._version != self.input_version:
+            raise RuntimeError(
+                f"the input of a {self.op} call, of shape {tuple(self.input.shape)}, was changed in place after the "
+                "layer had used it; its value is needed for the gradient of the weight. Replace the in-place "
+                "operation (`x += …`) by an ordinary one (`x = x + …`)"
+            )
+        return self.input
+
+
+@dataclass
+class Recording:
+    """What one forward pass left behind.
+
+    Attributes:
+        output: what the model returned.
+        inputs: the floating-point input tensors that the model was fed, in order; they require grad if asked to.
+        calls: the parametric calls in the order in which they were made.
+    """
+
+    output: Any
+    inputs: list[Tensor]
+    calls: list[Call] = field(default_factory=list)
+
+
+def record_forward(model: nn.Module, x: Any, *, input_grad: bool, calls: bool) -> Recording:
+    """Run ``model(x)`` once.
+
+    Args:
+        model: any module.
+        x: a tensor, a tuple (passed as ``model(*x)``) or a dict (``model(**x)``).
+        input_grad: make the floating-point inputs require grad (on detached aliases unless they do already).
+        calls: record the parametric calls.
+
+    Raises:
+        TypeError: if `input_grad` and no input is a floating-point tensor.
+    """
+    fed = map_floats(x, _requiring_grad) if input_grad else x
+    inputs = float_tensors(fed)
+    if input_grad and not inputs:
+        raise TypeError(
+            "expected at least one floating-point input tensor to differentiate with respect to, got "
+            f"{_describe(x)}: convert it (x.float()), or penalise an embedding instead of integer indices"
+        )
+    if not calls:
+        return Recording(call_model(model, fed), inputs)
+    with _CallRecorder() as recorder:
+        output = call_model(model, fed)
+    return Recording(output, inputs, recorder.calls)
+
+
+def call_model(model: Callable[..., Any], x: Any) -> Any:
+    """``model(x)``, ``model(*x)`` for a tuple or list, ``model(**x)`` for a mapping."""
+    if isinstance(x, Mapping):
+        return model(**x)
+    if isinstance(x, (tuple, list)):
+        return model(*x)
+    return model(x)
+
+
+def map_leaves(x: Any, function: Callable[[Any], Any]) -> Any:
+    """Apply `function` to every leaf of an input (dicts and tuples are taken apart)."""
+    if isinstance(x, Mapping):
+        return {key: map_leaves(value, function) for key, value in x.items()}
+    if isinstance(x, (tuple, list)):
+        return tuple(map_leaves(value, function) for value in x)
+    return function(x)
+
+
+def map_tensors(x: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Apply `function` to every tensor of an input, leave the rest as it is."""
+    return map_leaves(x, lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf)
+
+
+def map_floats(x: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Apply `function` to every floating-point tensor of an input."""
+    return map_tensors(x, lambda tensor: function(tensor) if tensor.is_floating_point() else tensor)
+
+
+def tensors_of(x: Any) -> list[Tensor]:
+    """The tensors of an input, in the order in which `map_tensors` visits them."""
+    found: list[Any] = []
+    map_leaves(x, found.append)
+    return [leaf for leaf in found if isinstance(leaf, Tensor)]
+
+
+def float_tensors(x: Any) -> list[Tensor]:
+    """The floating-point tensors of an input, in the order in which `map_floats` visits them."""
+    return [tensor for tensor in tensors_of(x) if tensor.is_floating_point()]
+
+
+def call_with(model: nn.Module, replaced: Mapping[str, Tensor], x: Any) -> Any:
+    """``model(x)`` with other tensors in place of the named parameters, and copies in place of the buffers.
+
+    A second forward pass must not be counted twice in running statistics.
+    """
+    tensors = {name: buffer.clone() for name, buffer in model.named_buffers()} | dict(replaced)
+    if not tensors:
+        return call_model(model, x)
+    if isinstance(x, Mapping):
+        return torch.func.functional_call(model, tensors, (), dict(x))
+    return torch.func.functional_call(model, tensors, tuple(x) if isinstance(x, (tuple, list)) else (x,))
+
+
+class RngState(NamedTuple):
+    """The state of torch's generators, so that a second forward pass draws the same dropout masks."""
+
+    cpu: Tensor
+    cuda: list[Tensor]
+
+    @classmethod
+    def capture(cls) -> RngState:
+        """Read the state as it is now."""
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+        return cls(torch.get_rng_state(), cuda)
+
+    def restore(self) -> None:
+        """Put the generators back."""
+        torch.set_rng_state(self.cpu)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(self.cuda)
+
+    @contextlib.contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Draw the same random numbers again inside the block; afterwards the streams stand where they stood."""
+        now = RngState.capture()
+        self.restore()
+        try:
+            yield
+        finally:
+            now.restore()
+
+
+class _CallRecorder(TorchFunctionMode):
+    """Keeps the calls of the layer functions whose outputs carry gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        read_arguments = _LAYER_FUNCTIONS.get(func)
+        if read_arguments is not None and isinstance(output, Tensor) and output.requires_grad:
+            op, input, weight, bias, options = read_arguments(*args, **(kwargs or {}))
+            edge = _graph.edge_of(output)
+            self.calls.append(Call(op, input, weight, bias, options, edge, output.shape, input._version))
+        return output
+
+
+_Arguments = tuple[str, Tensor, Tensor | None, Tensor | None, dict[str, Any]]
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> _Arguments:
+    return "linear", input, weight, bias, {}
+
+
+def _conv(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> _Arguments:
+    return "conv", input, weight, bias, dict(stride=stride, padding=padding, dilation=dilation, groups=groups)
+
+
+def _embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> _Arguments:
+    # gradients scaled by frequency in the batch are no sum over samples: "" is an op without a closed form
+    op = "" if scale_grad_by_freq else "embedding"
+    return op, input, weight, None, dict(padding_idx=padding_idx)
+
+
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> _Arguments:
+    return "layer_norm", input, weight, bias, dict(normalized_shape=tuple(normalized_shape), eps=eps)
+
+
+def _group_norm(
+    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> _Arguments:
+    return "group_norm", input, weight, bias, dict(num_groups=num_groups, eps=eps)
+
+
+_LAYER_FUNCTIONS: dict[Callable[..., Any], Callable[..., _Arguments]] = {
+    F.linear: _linear,
+    F.conv1d: _conv,
+    F.conv2d: _conv,
+    F.embedding: _embedding,
+    F.layer_norm: _layer_norm,
+    F.group_norm: _group_norm,
+}
+
+
+def _requiring_grad(tensor: Tensor) -> Tensor:
+    if tensor.requires_grad:
+        return tensor
+    return (tensor.clone() if tensor.is_inference() else tensor.detach()).requires_grad_()
+
+
+def _describe(x: Any) -> str:
+    found = [str(tensor.dtype) for tensor in tensors_of(x)]
+    return f"input of dtype {', '.join(found)}" if found else type(x).__name__

@@ -1,0 +1,110 @@
+"""Which squared gradient norm, of which scalar, computed how: validated once, computed elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradpen import _checks, finite_difference
+from gradpen.criteria import Criterion, scalar_per_sample
+
+ParameterFilter = Callable[[str, nn.Parameter], bool] | Sequence[str]
+
+
+@dataclass(frozen=True)
+class InputTerm:
+    """‖∇_x f_i‖² or ‖J_i‖_F²; the fields are the arguments of `input_grad_sq_norm`."""
+
+    of: str | Callable[[Any, Any], Tensor] = "loss"
+    method: str = "exact"
+    num_projections: int = 1
+    scheme: str = "forward"
+    step: float = 0.01
+    generator: torch.Generator | None = None
+
+    def __post_init__(self) -> None:
+        if not callable(self.of):
+            _checks.check_choice("of", self.of, ("loss", "output"))
+        _checks.check_choice("method", self.method, ("exact", "projection", "finite_difference"))
+        _checks.check_choice("scheme", self.scheme, finite_difference.SCHEMES)
+        _checks.check_positive_int("num_projections", self.num_projections)
+        _checks.check_positive("step", self.step)
+        if self.method == "projection" and self.of != "output":
+            raise ValueError(
+                'method="projection" estimates the Jacobian of all outputs from random output directions, so it goes '
+                f'with of="output", got of={self.of!r}: the gradient of one scalar needs no projection'
+            )
+        if self.method == "finite_difference" and self.of == "output":
+            raise ValueError(
+                'method="finite_difference" displaces x along the gradient of one scalar, got of="output": use '
+                '"exact" or "projection"'
+            )
+
+    def scalar(self, criterion: Criterion, target: Any) -> Callable[[Any], Tensor]:
+        """The model's output → f, (B,)."""
+        if callable(self.of):
+            of = self.of
+            return lambda output: scalar_per_sample(of, output, target)
+        return lambda output: criterion.per_sample(output, target)
+
+
+@dataclass(frozen=True)
+class ParamTerm:
+    """‖∇_θ f_i‖² or its form over groups; the fields are the arguments of `param_grad_sq_norm`."""
+
+    over: str | int = "sample"
+    method: str = "exact"
+    scheme: str = "forward"
+    step: float = 0.01
+    parameters: ParameterFilter | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.over, str):
+            _checks.check_choice("over", self.over, ("sample", "batch"))
+        else:
+            _checks.check_positive_int("over", self.over)
+        _checks.check_choice("method", self.method, ("exact", "finite_difference"))
+        _checks.check_choice("scheme", self.scheme, finite_difference.SCHEMES)
+        _checks.check_positive("step", self.step)
+
+    def group_size(self, batch_size: int) -> int:
+        """Samples whose gradients are averaged before the norm is taken."""
+        if self.over == "batch":
+            return batch_size
+        return 1 if self.over == "sample" else min(int(self.over), batch_size)
+
+    def scalar(self, criterion: Criterion, target: Any) -> Callable[[Any], Tensor]:
+        """The model's output → f, (B,)."""
+        return lambda output: criterion.per_sample(output, target)
+
+
+Term = InputTerm | ParamTerm
+
+
+def select_parameters(model: nn.Module, which: ParameterFilter | None) -> dict[str, nn.Parameter]:
+    """Name → parameter for those that require grad and pass the filter.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not trainable:
+        raise ValueError(
+            f"expected a model with trainable parameters, got {type(model).__name__} with none that requires grad: "
+            "the parameter gradient of a frozen or parameter-free model is empty"
+        )
+    if which is None:
+        return trainable
+    if callable(which):
+        chosen = {name: p for name, p in trainable.items() if which(name, p)}
+    else:
+        patterns = [which] if isinstance(which, str) else list(which)
+        chosen = {name: p for name, p in trainable.items() if any(fnmatch(name, pattern) for pattern in patterns)}
+    if not chosen:
+        raise ValueError(f"parameters={which!r} selects none of {', '.join(trainable)}")
+    return chosen
