@@ -51,7 +51,9 @@ Contribution = Outer | Rows | Dense
 
 def has_closed_form(call: Call, batch_size: int) -> bool:
     """Whether the call is of a kind known here and dimension 0 of what it saw has the batch's size."""
-    leading = call.input.dim() > 0 and call.input.shape[0] == batch_size and call.output_shape[0] == batch_size
+    leading = (
+        call.input.dim() > 0 and call.input.shape[0] == batch_size and call.output_shape[0] == batch_size
+    )
     match call.op:
         case "linear" | "embedding" | "group_norm":
             return leading
@@ -77,7 +79,9 @@ def contribution(call: Call, role: str, delta: Tensor, group_size: int) -> Contr
     h = call.checked_input()
     match call.op:
         case "linear":
-            return Outer(_grouped_positions(delta, group_size), _grouped_positions(at_least_float32(h), group_size))
+            return Outer(
+                _grouped_positions(delta, group_size), _grouped_positions(at_least_float32(h), group_size)
+            )
         case "conv":
             return _conv_weight(call, at_least_float32(h), delta, group_size)
         case "embedding":
@@ -88,7 +92,9 @@ def contribution(call: Call, role: str, delta: Tensor, group_size: int) -> Contr
             terms = (delta * normalized).reshape(delta.shape[0], -1, *shape)
             return Dense(_grouped_sum(terms.sum(1), group_size))
         case "group_norm":
-            normalized = F.group_norm(at_least_float32(h), call.options["num_groups"], eps=call.options["eps"])
+            normalized = F.group_norm(
+                at_least_float32(h), call.options["num_groups"], eps=call.options["eps"]
+            )
             terms = (delta * normalized).reshape(*delta.shape[:2], -1)
             return Dense(_grouped_sum(terms.sum(2), group_size))
     raise AssertionError(f"no closed form for {call.op}")
@@ -183,7 +189,9 @@ def _conv_weight(call: Call, h: Tensor, delta: Tensor, group_size: int) -> Outer
     if rank == 1:  # unfold is two-dimensional
         h, kernel = h.unsqueeze(2), torch.Size((1, *kernel))
         stride, dilation = (1, *stride), (1, *dilation)
-    patches = F.unfold(h, tuple(kernel), dilation=dilation, stride=stride)  # (B, in/block · blocks · kernel, pixels)
+    patches = F.unfold(
+        h, tuple(kernel), dilation=dilation, stride=stride
+    )  # (B, in/block · blocks · kernel, pixels)
     blocks, groups = call.options["groups"], h.shape[0] // group_size
 
     def by_block(tensor: Tensor) -> Tensor:  # (B, blocks · n, pixels) → (groups, blocks, samples · pixels, n)

@@ -38,7 +38,9 @@ class Criterion:
             return scalar_per_sample(self.source, output, target)
         _checks.check_batch_sizes(output, target)
         if isinstance(self.source, nn.Module):
-            unreduced = copy.copy(self.source)  # shares parameters and buffers, leaves the user's module alone
+            unreduced = copy.copy(
+                self.source
+            )  # shares parameters and buffers, leaves the user's module alone
             unreduced.reduction = "none"
             values = unreduced(output, target)
         else:

@@ -133,7 +133,9 @@ def _jacobian_sq_norm(recording: Recording, term: InputTerm) -> Tensor:
     _checks.check_input_rows(recording.inputs, output.shape[0])
     if term.method == "exact":
         return gradients.jacobian_sq_norm(output, recording.inputs)
-    return gradients.projected_jacobian_sq_norm(output, recording.inputs, term.num_projections, term.generator)
+    return gradients.projected_jacobian_sq_norm(
+        output, recording.inputs, term.num_projections, term.generator
+    )
 
 
 def _param_norms(
@@ -145,7 +147,9 @@ def _param_norms(
     starts = torch.arange(0, f.shape[0], group_size, device=f.device)
     sizes = (f.shape[0] - starts).clamp(max=group_size).to(f.dtype)
     if term.method == "finite_difference":
-        return GroupNorms(_finite_difference_norms(forward, scalar, term, criterion, y, parameters).square(), sizes)
+        return GroupNorms(
+            _finite_difference_norms(forward, scalar, term, criterion, y, parameters).square(), sizes
+        )
     if term.over == "batch":
         return GroupNorms(gradients.batch_param_sq_norm(f, list(parameters.values())), sizes)
     sq_norms = gradients.param_sq_norm(

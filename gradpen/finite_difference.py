@@ -103,7 +103,9 @@ def param_norm(
     return _norm_with_gradient(norm, _difference_quotient(displaced, replayed, scheme, step))
 
 
-def _difference_quotient(displaced: Callable[[float], Tensor], here: Tensor, scheme: str, step: float) -> Tensor:
+def _difference_quotient(
+    displaced: Callable[[float], Tensor], here: Tensor, scheme: str, step: float
+) -> Tensor:
     match scheme:
         case "forward":
             return (displaced(step) - here) / step
@@ -144,5 +146,3 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         return None, None, *(gradient * grad_output for gradient in ctx.gradients)
-
-

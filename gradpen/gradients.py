@@ -49,7 +49,9 @@ def sample_gradients(
     wanted += [call.output for call in recording.calls] if deltas else []
     if not wanted:
         return SampleGradients([], {})
-    gradients = torch.autograd.grad(f.sum(), wanted, create_graph=create_graph, retain_graph=True, allow_unused=True)
+    gradients = torch.autograd.grad(
+        f.sum(), wanted, create_graph=create_graph, retain_graph=True, allow_unused=True
+    )
     input_count = len(recording.inputs) if inputs else 0
     input_gradients = gradients[:input_count]
     if inputs:
@@ -73,7 +75,9 @@ def jacobian_sq_norm(output: Tensor, inputs: Sequence[Tensor]) -> Tensor:
     _check_differentiable(output)
     rows = output.reshape(output.shape[0], -1)
     outputs = rows.shape[1]
-    basis = torch.eye(outputs, dtype=rows.dtype, device=rows.device).unsqueeze(1).expand(-1, rows.shape[0], -1)
+    basis = (
+        torch.eye(outputs, dtype=rows.dtype, device=rows.device).unsqueeze(1).expand(-1, rows.shape[0], -1)
+    )
     gradients = torch.autograd.grad(
         rows, list(inputs), basis, create_graph=True, is_grads_batched=True, allow_unused=True
     )
@@ -151,6 +155,7 @@ def param_sq_norm(
     *,
     group_size: int,
     rng: RngState,
+    create_graph: bool = True,
 ) -> Tensor:
     """‖∇_θ mean_{i ∈ group} f_i‖² for every run of `group_size` samples (the last may be shorter): (groups,).
 
@@ -164,6 +169,7 @@ def param_sq_norm(
         parameters: name → parameter, those whose gradients count.
         group_size: samples per group, at most B.
         rng: the generators' state before the forward pass.
+        create_graph: keep the result differentiable.
 
     Raises:
         RuntimeError: if samples are mixed, or the model draws random numbers that cannot be drawn again.
@@ -174,7 +180,7 @@ def param_sq_norm(
     if not plan.mapped:
         return closed
     mapped = {name: parameters[name] for name in plan.mapped}
-    return closed + _mapped_sq_norm(model, x, f, scalar, mapped, group_size, rng)
+    return closed + _mapped_sq_norm(model, x, f, scalar, mapped, group_size, rng, create_graph)
 
 
 def batch_param_sq_norm(f: Tensor, parameters: Sequence[Tensor], *, create_graph: bool = True) -> Tensor:
@@ -201,7 +207,10 @@ def find_mixed_calls(
     batch_size = f.shape[0]
     if batch_size == 1:
         return frozenset()
-    tensors = [*recording.inputs[: len(gradients.inputs)], *(recording.calls[i].input for i in gradients.deltas)]
+    tensors = [
+        *recording.inputs[: len(gradients.inputs)],
+        *(recording.calls[i].input for i in gradients.deltas),
+    ]
     layout = tuple(tuple(n == batch_size for n in tensor.shape) for tensor in tensors)
     known = _mixed_calls.setdefault(model, {})
     key = (model.training, len(gradients.inputs), layout)
@@ -209,17 +218,23 @@ def find_mixed_calls(
         return known[key]
     factors = torch.arange(1, batch_size + 1, device=f.device, dtype=f.dtype).cos()
     scaled = sample_gradients(
-        f * factors, recording, inputs=bool(gradients.inputs), deltas=bool(gradients.deltas), create_graph=False
+        f * factors,
+        recording,
+        inputs=bool(gradients.inputs),
+        deltas=bool(gradients.deltas),
+        create_graph=False,
     )
     for before, after in zip(gradients.inputs, scaled.inputs, strict=True):
-        if not _rows_scaled(before, after, factors):
+        if not rows_scaled(before, after, factors):
             raise RuntimeError(
                 "expected f_i to depend on sample i alone, but its gradient reaches the inputs of other samples: the "
                 "model (or the criterion) mixes the samples of a batch (dimension 0), so a gradient penalty of "
                 "single samples is not defined"
             )
     mixed = frozenset(
-        index for index, delta in gradients.deltas.items() if not _rows_scaled(delta, scaled.deltas[index], factors)
+        index
+        for index, delta in gradients.deltas.items()
+        if not rows_scaled(delta, scaled.deltas[index], factors)
     )
     if all(bool(gradient.any()) for gradient in (*gradients.inputs, *gradients.deltas.values())):
         known[key] = mixed  # a gradient that is zero throughout proves nothing about the next batch
@@ -229,7 +244,8 @@ def find_mixed_calls(
 _mixed_calls: weakref.WeakKeyDictionary[nn.Module, dict[Any, frozenset[int]]] = weakref.WeakKeyDictionary()
 
 
-def _rows_scaled(before: Tensor, after: Tensor, factors: Tensor) -> bool:
+def rows_scaled(before: Tensor, after: Tensor, factors: Tensor) -> bool:
+    """Whether every row i of `after` is factors_i times that of `before`, up to rounding."""
     if before.shape[0] != factors.shape[0]:
         return False
     before = before.detach()
@@ -265,7 +281,11 @@ def _closed_sq_norm(
             deltas = {index: _slice(delta, start, stop) for index, delta in gradients.deltas.items()}
             with full_precision(device):
                 sq_norms = _plan_sq_norms(calls, deltas, plan, size)
-            parts.append(sum_tensors(sq_norms) / size**2 if sq_norms else torch.zeros((stop - start) // size, device=device))
+            parts.append(
+                sum_tensors(sq_norms) / size**2
+                if sq_norms
+                else torch.zeros((stop - start) // size, device=device)
+            )
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -309,6 +329,7 @@ def _mapped_sq_norm(
     parameters: Mapping[str, Tensor],
     group_size: int,
     rng: RngState,
+    create_graph: bool,
 ) -> Tensor:
     """‖∇ mean_{i ∈ group} f_i‖² by a forward pass in which every group has its own copy of the parameters: (groups,)."""
     batch_size = f.shape[0]
@@ -331,7 +352,10 @@ def _mapped_sq_norm(
         mapped_f = scalar(torch.vmap(one_sample, in_dims, randomness="different")(by_sample, x))
     _check_same_values(f, mapped_f, list(parameters))
     gradients = torch.autograd.grad(
-        (mapped_f / sizes[group_of]).sum(), list(copies.values()), create_graph=True, allow_unused=True
+        (mapped_f / sizes[group_of]).sum(),
+        list(copies.values()),
+        create_graph=create_graph,
+        allow_unused=True,
     )
     return sum_tensors([row_sq_norm(gradient) for gradient in gradients if gradient is not None])
 

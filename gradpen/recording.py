@@ -146,7 +146,11 @@ class RngState(NamedTuple):
     @classmethod
     def capture(cls) -> RngState:
         """Read the state as it is now."""
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+        cuda = (
+            torch.cuda.get_rng_state_all()
+            if torch.cuda.is_available() and torch.cuda.is_initialized()
+            else []
+        )
         return cls(torch.get_rng_state(), cuda)
 
     def restore(self) -> None:
@@ -174,7 +178,11 @@ class _CallRecorder(TorchFunctionMode):
         self.calls: list[Call] = []
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         output = func(*args, **(kwargs or {}))
         read_arguments = _LAYER_FUNCTIONS.get(func)
@@ -229,7 +237,11 @@ def _layer_norm(
 
 
 def _group_norm(
-    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
 ) -> _Arguments:
     return "group_norm", input, weight, bias, dict(num_groups=num_groups, eps=eps)
 

@@ -1,0 +1,124 @@
+"""The dense layers that cut the graph between x and f, and why the others do not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gradpen._graph import walk_graph
+from gradpen._numerics import rounding_tolerance, row_sq_norm, sum_tensors, widest_float
+from gradpen.recording import Call, Recording
+from gradpen.report import ExcludedLayer
+from gradpen.sides import Sides
+
+
+@dataclass(frozen=True)
+class CutLayer:
+    """A dense layer in the sum."""
+
+    name: str
+    index: int
+    call: Call
+    weight: Tensor
+    counts_weight: bool
+    counts_bias: bool
+    delta_sq_norms: Tensor  # (B,): ‖δ‖², scales included
+
+
+def layers_in_sum(
+    model: nn.Module, recording: Recording, sides: Sides, parameters: Mapping[str, Tensor]
+) -> tuple[list[CutLayer], list[ExcludedLayer]]:
+    """The dense layers that cut the graph between x and f, and the reason for every other parameter's absence."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    walk = walk_graph(recording.output)
+    layers: list[CutLayer] = []
+    excluded: dict[str, str] = {}
+    for index in sides.deltas[0]:
+        call = recording.calls[index]
+        owner = next(
+            (names[id(p)] for p in (call.weight, call.bias) if p is not None and id(p) in names), None
+        )
+        name = f"{call.op} call {index}" if owner is None else owner.rpartition(".")[0] or owner
+        reason = _reason_to_exclude(call, index, names, recording, sides, walk.leaf_edges)
+        if reason is not None:
+            excluded.setdefault(name, reason)
+            continue
+        assert call.weight is not None
+        delta_sq_norms = sum_tensors(
+            [
+                scale**2 * row_sq_norm(widest_float(delta[index]))
+                for scale, delta in zip(sides.scales, sides.deltas, strict=True)
+            ]
+        )
+        counts = [p is not None and p.requires_grad for p in (call.weight, call.bias)]
+        layers.append(CutLayer(name, index, call, call.weight.detach(), *counts, delta_sq_norms))
+    seen = {id(p) for index in sides.deltas[0] for p in recording.calls[index][2:4]}
+    for name, parameter in parameters.items():
+        if id(parameter) not in seen:
+            used = walk.leaf_edges[id(parameter)] > 0
+            excluded[name] = (
+                "it is no weight or bias of a dense layer" if used else "the output does not depend on it"
+            )
+    return layers, [ExcludedLayer(name, reason) for name, reason in excluded.items()]
+
+
+def _reason_to_exclude(
+    call: Call,
+    index: int,
+    names: Mapping[int, str],
+    recording: Recording,
+    sides: Sides,
+    edges: Mapping[int, int],
+) -> str | None:
+    """Why a call is not in the sum, or None if it is."""
+    if call.op == "conv":
+        return "a convolution applies its weight at many positions, whose gradients can cancel"
+    if call.op != "linear":
+        return f"{call.op or 'this embedding'} is no dense layer"
+    assert call.weight is not None
+    if call.input.dim() != 2:
+        return f"its input has shape {tuple(call.input.shape)}: it is applied to more than one row per sample"
+    if index in sides.mixed or call.input.shape[0] != recording.output.shape[0]:
+        return "its rows are not one for every sample"
+    if id(call.weight) not in names:
+        return "its weight is computed from other parameters"
+    trainable = [p for p in (call.weight, call.bias) if p is not None and p.requires_grad]
+    if not trainable:
+        return "its weight and bias are frozen, so it has no term on either side"
+    if any(edges[id(p)] > 1 for p in trainable):
+        return (
+            "its weight or bias is used more than once, so their gradients are sums in which terms can cancel"
+        )
+    if not call.input.requires_grad:
+        return "its input does not depend on x"
+    if not _cuts_graph(call, index, recording, sides):
+        return "part of x's influence on f goes around it: ∇_x f is not (W J)ᵀ δ"
+    return None
+
+
+def _cuts_graph(call: Call, index: int, recording: Recording, sides: Sides) -> bool:
+    """The identity ∇_x f = (W_t J_t)ᵀ δ_t, for every sample and every direction."""
+    assert call.weight is not None
+    for expected, deltas in zip(sides.input_gradients, sides.deltas, strict=True):
+        parts = torch.autograd.grad(
+            call.checked_input(),
+            recording.inputs,
+            deltas[index] @ call.weight.detach(),
+            retain_graph=True,
+            allow_unused=True,
+        )
+        through_layer = torch.cat(
+            [
+                (torch.zeros_like(tensor) if part is None else part).reshape(len(expected), -1)
+                for tensor, part in zip(recording.inputs, parts, strict=True)
+            ],
+            1,
+        )
+        error = torch.linalg.vector_norm(through_layer - expected, dim=1)
+        allowed = rounding_tolerance(expected) * torch.linalg.vector_norm(expected, dim=1)
+        if bool((error > allowed).any()):
+            return False
+    return True

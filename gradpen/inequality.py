@@ -1,0 +1,190 @@
+"""Evaluation of both sides of the inequality on one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gradpen import _checks
+from gradpen._numerics import divide_or_zero, row_sq_norm, widest_float
+from gradpen.cut_layers import CutLayer, layers_in_sum
+from gradpen.isolation import untouched
+from gradpen.layer_norms import METHODS, NORMS, LayerNorms, NormSettings, jacobian_operators, layer_norms
+from gradpen.recording import RngState, map_tensors, record_forward
+from gradpen.report import ExcludedLayer, InequalityReport, LayerTerms, ratio_or_nan
+from gradpen.sides import Sides, both_sides, output_cotangents
+from gradpen.terms import select_parameters
+
+
+def evaluate_inequality(
+    model: nn.Module,
+    x: Any,
+    y: Any = None,
+    *,
+    criterion: Callable[..., Tensor] = F.cross_entropy,
+    of: str | Callable[[Any, Any], Tensor] = "loss",
+    norm: str = "spectral",
+    method: str = "auto",
+    delta: float = 1e-6,
+    rtol: float = 0.05,
+    slack: bool = True,
+) -> InequalityReport:
+    r"""Both sides of the inequality between input and parameter gradients, sample by sample.
+
+    .. math:: \|\nabla_x f\|^2 \sum_t \frac{1 + \|h_t\|^2}{\|W_t\|^2 \|\nabla_x h_t\|^2} \le \|\nabla_\theta f\|^2
+
+    A dense layer t is in the sum if all of x's influence on f passes through it, once: checked on the data at hand by
+    :math:`\nabla_x f = (W_t J_t)^\top \delta_t`. The model is evaluated in the mode it is in and left without a trace:
+    flags, buffers, ``.grad``, hooks and random streams are as before.
+
+    Args:
+        model: maps x of shape (B, …) to a tensor of shape (B, …); float32 or float64. Compiled modules are evaluated
+            eagerly.
+        x: floating-point input (B, …), or a tuple or dict with at least one.
+        y: target, what `criterion` takes; not needed for ``of="output"``.
+        criterion: gives f_i for ``of="loss"``.
+        of: "loss", "output" (both sides summed over the outputs: :math:`\|J_F\|_F^2` on the left), or a callable
+            (output, target) → (B,), a logit or a margin.
+        norm: "spectral"; "frobenius" (looser); "joint" (:math:`\|W_t J_t\|_2`, tighter). The first and the last are
+            computed as brackets.
+        method: "dense" (explicit Jacobians and their singular values), "krylov" (Lanczos, matrix-free) or "auto".
+        delta: probability that any upper end of a Krylov bracket in the whole report fails.
+        rtol: width of the Krylov brackets relative to their upper ends.
+        slack: compute ‖W_t J_t‖ also for ``norm="spectral"``, and from it the two factors of each layer's slack.
+
+    Returns:
+        An `InequalityReport` with tensors of shape (B,), float64 where the device has it.
+
+    Raises:
+        TypeError: if there is no floating-point input, or the model does not return one tensor.
+        ValueError: on an unknown option, a parameter type other than float32 and float64, or a frozen model.
+        RuntimeError: if a BatchNorm layer in training mode (named) or anything else mixes the samples.
+
+    Example:
+        >>> import torch
+        >>> from gradpen import evaluate_inequality
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        >>> report = evaluate_inequality(model, torch.randn(5, 4), torch.randint(3, (5,)))
+        >>> bool(report.holds.all()), [layer.name for layer in report.layers]
+        (True, ['0', '2'])
+
+    Source:
+        Su, "An inequality between the input gradient penalty and the parameter gradient penalty" (2021,
+        kexue.fm/archives/8796), after Dherin, Munn and Barrett, "The geometric Occam's razor implicit in deep
+        learning" (2021, arXiv 2111.15090).
+    """
+    _checks.check_model(model)
+    if not callable(of):
+        _checks.check_choice("of", of, ("loss", "output"))
+    _checks.check_choice("norm", norm, NORMS)
+    _checks.check_choice("method", method, METHODS)
+    if not 0 < delta < 1:
+        raise ValueError(f"delta must be a probability between 0 and 1, got {delta}")
+    _checks.check_positive("rtol", rtol)
+    _checks.check_no_batch_statistics(model, "the inequality")
+    model = _original_module(model)
+    parameters = select_parameters(model, None)
+    _check_precision(parameters)
+    name = of if isinstance(of, str) else getattr(of, "__name__", "callable")
+    with untouched(model):
+        x, y = (map_tensors(value, _usable) for value in (x, y))
+        rng = RngState.capture()
+        recording = record_forward(model, x, input_grad=True, calls=True)
+        cotangents = output_cotangents(recording.output, y, of, criterion)
+        _checks.check_input_rows(recording.inputs, recording.output.shape[0])
+        sides = both_sides(model, x, recording, cotangents, parameters, rng)
+        layers, excluded = layers_in_sum(model, recording, sides, parameters)
+        operators = jacobian_operators(recording, layers)
+        settings = NormSettings(norm, method, delta, rtol, slack)
+        norms = layer_norms(layers, operators, settings)
+        return _assemble(layers, excluded, norms, sides, settings, name)
+
+
+def _assemble(
+    layers: Sequence[CutLayer],
+    excluded: list[ExcludedLayer],
+    norms: Sequence[LayerNorms],
+    sides: Sides,
+    settings: NormSettings,
+    of: str,
+) -> InequalityReport:
+    terms = [_layer_terms(layer, found, sides, settings) for layer, found in zip(layers, norms, strict=True)]
+    lhs = {end: torch.zeros_like(sides.input_sq_norm) for end in ("lower", "upper")}
+    for layer, found in zip(layers, norms, strict=True):
+        for end in lhs:
+            lhs[end] = lhs[end] + sides.input_sq_norm * _coefficient(layer, found, settings.norm, end)
+    allowance = torch.finfo(layers[0].weight.dtype).eps ** 0.5 if layers else 0.0
+    return InequalityReport(
+        lhs=lhs["lower"],  # Ritz values are accurate to many more digits than the bracket is narrow
+        rhs=sides.param_sq_norm,
+        lhs_lower=lhs["upper"],
+        lhs_upper=lhs["lower"],
+        holds=lhs["upper"] <= sides.param_sq_norm * (1 + allowance),
+        input_grad_sq_norm=sides.input_sq_norm,
+        param_grad_sq_norm=sides.param_sq_norm,
+        batch_grad_sq_norm=sides.batch_sq_norm,
+        layers=terms,
+        excluded=excluded,
+        of=of,
+        norm=settings.norm,
+        delta=settings.delta,
+    )
+
+
+def _layer_terms(layer: CutLayer, norms: LayerNorms, sides: Sides, settings: NormSettings) -> LayerTerms:
+    h_sq_norm = row_sq_norm(widest_float(layer.call.input.detach()))
+    inverse = divide_or_zero(torch.ones_like(h_sq_norm), norms.denominator(settings.norm, "lower") ** 2)
+    product = None if norms.product is None else norms.product.lower
+    slack_product = slack_alignment = None
+    if product is not None and settings.slack:
+        if norms.weight is not None and norms.jacobian is not None and settings.norm != "frobenius":
+            slack_product = ratio_or_nan(norms.weight.lower * norms.jacobian.lower, product)
+        slack_alignment = ratio_or_nan(product * layer.delta_sq_norms.sqrt(), sides.input_sq_norm.sqrt())
+    return LayerTerms(
+        name=layer.name,
+        weight_lhs=sides.input_sq_norm * h_sq_norm * inverse if layer.counts_weight else None,
+        weight_rhs=layer.delta_sq_norms * h_sq_norm if layer.counts_weight else None,
+        bias_lhs=sides.input_sq_norm * inverse if layer.counts_bias else None,
+        bias_rhs=layer.delta_sq_norms if layer.counts_bias else None,
+        coefficient=_coefficient(layer, norms, settings.norm, "lower"),
+        input_sq_norm=h_sq_norm,
+        weight_norm=None if norms.weight is None else norms.weight.lower,
+        jacobian_norm=None if norms.jacobian is None else norms.jacobian.lower,
+        jacobian_norm_upper=None if norms.jacobian is None else norms.jacobian.upper,
+        product_norm=product,
+        slack_product=slack_product,
+        slack_alignment=slack_alignment,
+    )
+
+
+def _coefficient(layer: CutLayer, norms: LayerNorms, norm: str, end: str) -> Tensor:
+    """(1 + ‖h‖²)/(‖W‖²‖J‖²) with the terms that count; 0 for a dead layer: (B,)."""
+    h_sq_norm = row_sq_norm(widest_float(layer.call.input.detach()))
+    counted = h_sq_norm * layer.counts_weight + float(layer.counts_bias)
+    return divide_or_zero(counted, norms.denominator(norm, end) ** 2)
+
+
+def _original_module(model: nn.Module) -> nn.Module:
+    """The module behind torch.compile and data-parallel wrappers, which has the same parameters."""
+    for attribute, wrapper in (("_orig_mod", "OptimizedModule"), ("module", "DistributedDataParallel")):
+        if type(model).__name__ == wrapper:
+            return _original_module(getattr(model, attribute))
+    return model
+
+
+def _usable(tensor: Tensor) -> Tensor:
+    """A tensor made in inference mode cannot be saved for a backward pass; a copy of it can."""
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
+def _check_precision(parameters: Mapping[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"expected float32 or float64 parameters, got {parameter.dtype} in {name!r}: norms in a denominator "
+                "need the precision; evaluate a copy, copy.deepcopy(model).float()"
+            )

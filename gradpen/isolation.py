@@ -1,0 +1,53 @@
+"""Looking at a model without leaving a trace."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import nn
+
+from gradpen.recording import RngState
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Everything that a forward pass may change is put back, also after an exception.
+
+    Inside: gradients are on (also within ``torch.inference_mode``), autocast is off, compiled modules run eagerly.
+    Afterwards: train/eval flags, buffers (the very tensors, with their contents), and the random streams of torch (CPU
+    and CUDA), NumPy and Python are as before. ``.grad``, hooks and ``requires_grad`` are never touched.
+    """
+    rng, numpy_state, python_state = RngState.capture(), np.random.get_state(), random.getstate()
+    training = {module: module.training for module in model.modules()}
+    buffers = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            for device_type in {tensor.device.type for tensor in model.parameters()}:
+                stack.enter_context(torch.autocast(device_type, enabled=False))
+            for (
+                module,
+                name,
+                buffer,
+            ) in buffers:  # the originals may be part of a graph that is still to be used
+                module._buffers[name] = buffer.clone()
+            yield
+    finally:
+        for module, name, buffer in buffers:
+            module._buffers[name] = buffer
+        for module, flag in training.items():
+            module.training = flag
+        rng.restore()
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)

@@ -1,0 +1,120 @@
+"""‖W_t‖, ‖J_t‖ and ‖W_t J_t‖ of the layers in the sum."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from gradpen import jacobians, spectral
+from gradpen._numerics import widest_float
+from gradpen.cut_layers import CutLayer
+from gradpen.recording import Recording
+from gradpen.spectral import Bracket
+
+NORMS = ("spectral", "frobenius", "joint")
+METHODS = ("auto", "dense", "krylov")
+
+
+@dataclass(frozen=True)
+class NormSettings:
+    """Arguments of `gradpen.evaluate_inequality` that concern norms."""
+
+    norm: str
+    method: str
+    delta: float
+    rtol: float
+    slack: bool
+
+
+@dataclass(frozen=True)
+class LayerNorms:
+    """Brackets of one layer, (B,); `weight` is 0-dim."""
+
+    weight: Bracket | None
+    jacobian: Bracket | None
+    product: Bracket | None
+
+    def denominator(self, norm: str, end: str) -> Tensor:
+        """‖W‖‖J‖, or ‖W J‖ for the joint norm, from the lower or upper ends: (B,)."""
+        if norm == "joint":
+            assert self.product is not None
+            return _end(self.product, end)
+        assert self.weight is not None and self.jacobian is not None
+        return _end(self.weight, end) * _end(self.jacobian, end)
+
+
+def _end(bracket: Bracket, end: str) -> Tensor:
+    return bracket.lower if end == "lower" else bracket.upper
+
+
+def jacobian_operators(recording: Recording, layers: Sequence[CutLayer]) -> list[jacobians.JacobianOperator]:
+    """J_t for every layer in the sum; a chain of dense layers and elementwise activations is multiplied out."""
+    columns = sum(tensor[0].numel() for tensor in recording.inputs)
+    operators: list[jacobians.JacobianOperator] = []
+    for position, layer in enumerate(layers):
+        h = layer.call.checked_input()
+        reference = jacobians.autograd_jacobian(h, recording.inputs)
+        chained = None
+        if position > 0:
+            before = layers[position - 1]
+            chained = jacobians.chained_jacobian(
+                h, operators[-1], before.call.output, before.weight, reference
+            )
+        elif jacobians.is_identity(reference, columns):
+            chained = jacobians.JacobianOperator.identity(h.detach())
+        operators.append(reference if chained is None else chained)
+    return operators
+
+
+def layer_norms(
+    layers: Sequence[CutLayer], operators: Sequence[jacobians.JacobianOperator], settings: NormSettings
+) -> list[LayerNorms]:
+    batch_size = len(layers[0].call.input) if layers else 0
+    brackets = max(len(layers) * (2 * batch_size + 1), 1)  # at most: ‖J‖ and ‖W J‖ of every sample, and ‖W‖
+    delta = settings.delta / brackets
+    found = []
+    for layer, operator in zip(layers, operators, strict=True):
+        product = None
+        if settings.norm == "joint" or settings.slack:
+            product = _operator_norm(operator.times_weight(layer.weight), settings, delta)
+        weight = jacobian = None
+        if settings.norm == "frobenius":
+            weight = spectral.exact_bracket(widest_float(layer.weight).square().sum().sqrt())
+            jacobian = spectral.exact_bracket(operator.sq_frobenius_norm().sqrt())
+        elif settings.norm == "spectral" or settings.slack:
+            weight = _matrix_norm(layer.weight, settings, delta)
+            jacobian = _operator_norm(operator, settings, delta)
+        found.append(LayerNorms(weight, jacobian, product))
+    return found
+
+
+def _operator_norm(operator: jacobians.JacobianOperator, settings: NormSettings, delta: float) -> Bracket:
+    """‖J_b‖₂ for every sample: (B,)."""
+    template = operator.template
+    batch_size, rows = template.shape
+    if operator.is_identity:
+        return spectral.exact_bracket(template.new_ones(batch_size))
+    if operator.shared is not None:
+        norm = _matrix_norm(operator.shared, settings, delta)
+        return Bracket(norm.lower.expand(batch_size), norm.upper.expand(batch_size))
+    if settings.method == "dense" or (settings.method == "auto" and rows <= _DENSE_ROWS):
+        return spectral.dense_bracket(operator.materialize())
+    start = spectral.normal_start((batch_size, rows), operator.support, template, seed=0)
+    return spectral.lanczos_bracket(operator.gram, start, delta=delta, rtol=settings.rtol)
+
+
+def _matrix_norm(weight: Tensor, settings: NormSettings, delta: float) -> Bracket:
+    """‖W‖₂: 0-dim."""
+    if settings.method == "dense" or (settings.method == "auto" and min(weight.shape) <= _DENSE_WEIGHT):
+        return spectral.dense_bracket(weight)
+    start = spectral.normal_start((1, weight.shape[0]), None, weight, seed=1)
+    rtol = settings.rtol / 10  # one vector: cheap, and shared by all samples
+    bracket = spectral.lanczos_bracket(lambda u: (u @ weight) @ weight.T, start, delta=delta, rtol=rtol)
+    return Bracket(bracket.lower[0], bracket.upper[0])
+
+
+# Below these sizes explicit singular values cost less than the Lanczos steps that they would replace.
+_DENSE_ROWS = 16
+_DENSE_WEIGHT = 64

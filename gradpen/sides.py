@@ -1,0 +1,108 @@
+"""Gradients behind both sides of the inequality, at unit scale."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gradpen import gradients
+from gradpen._numerics import divide_or_zero, row_sq_norm, total_sq_norm, widest_float
+from gradpen.criteria import as_criterion, scalar_per_sample
+from gradpen.recording import Recording, RngState
+
+
+class Cotangents(NamedTuple):
+    """f_i to first order: Σ_k scale_ik · ⟨direction_k, output⟩ with unit (or zero) directions."""
+
+    directions: list[Tensor]  # each of the output's shape
+    scales: list[Tensor]  # each (B,), float64
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Gradients behind both sides, for every cotangent direction, of unit scale."""
+
+    input_gradients: list[Tensor]  # (B, d) for each direction
+    deltas: list[dict[int, Tensor]]  # call → (B, …) for each direction
+    scales: list[Tensor]
+    input_sq_norm: Tensor  # (B,), scales included, as are the next two
+    param_sq_norm: Tensor  # (B,)
+    batch_sq_norm: Tensor  # 0-dim
+    mixed: frozenset[int]
+
+
+def output_cotangents(
+    output: Any, y: Any, of: str | Callable[[Any, Any], Tensor], criterion: Callable[..., Tensor]
+) -> Cotangents:
+    """∂f/∂output, normalised sample by sample, so that tiny losses keep a tightness; or the basis for of="output"."""
+    if not isinstance(output, Tensor) or output.dim() == 0:
+        raise TypeError(
+            f"expected the model to return one tensor of shape (B, …), got {type(output).__name__}"
+        )
+    if of == "output":
+        outputs = output[0].numel()
+        ones = widest_float(output.detach().new_ones(output.shape[0]))
+        basis = torch.eye(outputs, dtype=output.dtype, device=output.device).reshape(
+            outputs, 1, *output.shape[1:]
+        )
+        return Cotangents([unit.expand_as(output) for unit in basis], [ones] * outputs)
+    leaf = output.detach().requires_grad_()
+    f = scalar_per_sample(of, leaf, y) if callable(of) else as_criterion(criterion).per_sample(leaf, y)
+    if not f.requires_grad:
+        raise RuntimeError("the scalar f does not depend on the model's output, so it has no gradient")
+    (cotangent,) = torch.autograd.grad(f.sum(), leaf, retain_graph=True)
+    factors = torch.arange(1, f.shape[0] + 1, device=f.device, dtype=f.dtype).cos()
+    (scaled,) = torch.autograd.grad((f * factors).sum(), leaf)
+    if not gradients.rows_scaled(cotangent, scaled, factors):
+        raise RuntimeError(
+            "expected f_i to depend on the output of sample i alone, but the criterion mixes samples"
+        )
+    rows = widest_float(cotangent).reshape(f.shape[0], -1)
+    scale = rows.abs().amax(1)  # first, so that nothing underflows when it is squared
+    scale = scale * torch.linalg.vector_norm(divide_or_zero(rows, scale.unsqueeze(1)), dim=1)
+    direction = divide_or_zero(rows, scale.unsqueeze(1)).reshape(output.shape).to(output.dtype)
+    return Cotangents([direction], [scale])
+
+
+def both_sides(
+    model: nn.Module,
+    x: Any,
+    recording: Recording,
+    cotangents: Cotangents,
+    parameters: Mapping[str, Tensor],
+    rng: RngState,
+) -> Sides:
+    output: Tensor = recording.output
+    batch_size = output.shape[0]
+    input_gradients, deltas = [], []
+    zeros = cotangents.scales[0].new_zeros(batch_size)
+    input_sq_norm, param_sq_norm, batch_sq_norm = zeros, zeros, zeros.sum()
+    mixed: frozenset[int] = frozenset()
+    for direction, scale in zip(cotangents.directions, cotangents.scales, strict=True):
+
+        def scalar(output: Tensor, direction: Tensor = direction) -> Tensor:
+            return (output * direction).reshape(batch_size, -1).sum(1)
+
+        f = scalar(output)
+        found = gradients.sample_gradients(f, recording, inputs=True, deltas=True, create_graph=False)
+        mixed = gradients.find_mixed_calls(model, f, recording, found)
+        input_gradients.append(torch.cat([gradient.reshape(batch_size, -1) for gradient in found.inputs], 1))
+        deltas.append(found.deltas)
+        sq_norms = gradients.param_sq_norm(
+            model, x, f, scalar, recording, found, parameters, group_size=1, rng=rng, create_graph=False
+        )
+        input_sq_norm = input_sq_norm + scale**2 * row_sq_norm(widest_float(input_gradients[-1]))
+        param_sq_norm = param_sq_norm + scale**2 * widest_float(sq_norms.detach())
+        weighted = direction * (scale / batch_size).to(output.dtype).reshape(-1, *[1] * (output.dim() - 1))
+        mean_gradients = torch.autograd.grad(
+            output, list(parameters.values()), weighted, retain_graph=True, allow_unused=True
+        )
+        used = [widest_float(gradient) for gradient in mean_gradients if gradient is not None]
+        batch_sq_norm = batch_sq_norm + (total_sq_norm(used) if used else 0.0)
+    return Sides(
+        input_gradients, deltas, cotangents.scales, input_sq_norm, param_sq_norm, batch_sq_norm, mixed
+    )
