@@ -21,7 +21,6 @@ def untouched(model: nn.Module) -> Iterator[None]:
     Afterwards: train/eval flags, buffers (the very tensors, with their contents), and the random streams of torch (CPU
     and CUDA), NumPy and Python are as before. ``.grad``, hooks and ``requires_grad`` are never touched.
     """
-    rng, numpy_state, python_state = RngState.capture(), np.random.get_state(), random.getstate()
     training = {module: module.training for module in model.modules()}
     buffers = [
         (module, name, buffer)
@@ -31,6 +30,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     ]
     try:
         with contextlib.ExitStack() as stack:
+            stack.enter_context(random_streams_kept())
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -48,6 +48,15 @@ def untouched(model: nn.Module) -> Iterator[None]:
             module._buffers[name] = buffer
         for module, flag in training.items():
             module.training = flag
+
+
+@contextlib.contextmanager
+def random_streams_kept() -> Iterator[None]:
+    """The random streams of torch (CPU and CUDA), NumPy and Python stand afterwards where they stood."""
+    rng, numpy_state, python_state = RngState.capture(), np.random.get_state(), random.getstate()
+    try:
+        yield
+    finally:
         rng.restore()
         np.random.set_state(numpy_state)
         random.setstate(python_state)

@@ -1,0 +1,108 @@
+"""Which part of a batch is x and which is y, and which part of a LightningModule is the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Getter = str | int | Callable[[Any], Any] | None
+
+_INPUT_KEYS = ("x", "input", "inputs", "image", "images", "pixel_values", "features")
+_TARGET_KEYS = ("y", "target", "targets", "label", "labels")
+
+
+def split_batch(batch: Any, inputs: Getter, targets: Getter) -> tuple[Any, Any]:
+    """(x, y) of a batch.
+
+    Args:
+        batch: (x, y), or a dict with keys of the usual names, or anything if both getters are given.
+        inputs: key, index or callable of the batch that gives x; None finds it.
+        targets: likewise for y.
+
+    Raises:
+        ValueError: if the batch has another form and no getter says what to take.
+    """
+    x = _get(batch, inputs) if inputs is not None else _find(batch, 0, _INPUT_KEYS, "inputs")
+    y = _get(batch, targets) if targets is not None else _find(batch, 1, _TARGET_KEYS, "targets")
+    return x, y
+
+
+def find_model(module: nn.Module, model: str | Callable[[nn.Module], nn.Module] | nn.Module | None) -> nn.Module:
+    """The part of a LightningModule that maps x to the output.
+
+    The module itself if it defines ``forward``, else its only child with parameters.
+
+    Raises:
+        ValueError: if neither is the case.
+    """
+    if isinstance(model, nn.Module):
+        return model
+    if isinstance(model, str):
+        return module.get_submodule(model)
+    if model is not None:
+        return model(module)
+    defined_in = type(module).forward.__module__.partition(".")[0]
+    if defined_in not in ("lightning", "pytorch_lightning"):
+        return module
+    children = {name: child for name, child in module.named_children() if any(True for _ in child.parameters())}
+    if len(children) == 1:
+        return next(iter(children.values()))
+    raise ValueError(
+        f"expected {type(module).__name__} to define forward(x), or to have one child module with parameters, got "
+        f"children {sorted(children)}: say which part maps x to the output with model='name'"
+    )
+
+
+def find_criterion(module: nn.Module, criterion: Any, y: Any) -> tuple[Callable[..., Tensor], str]:
+    """The criterion, and how it was found.
+
+    The module's attribute ``criterion`` or ``loss_fn``, else cross entropy for integer targets and the mean squared
+    error for floating-point ones.
+    """
+    if isinstance(criterion, str):
+        return getattr(module, criterion), f"attribute {criterion!r}"
+    if criterion is not None:
+        return criterion, "given"
+    for name in ("criterion", "loss_fn"):
+        found = getattr(module, name, None)
+        if callable(found):
+            return found, f"attribute {name!r}"
+    if isinstance(y, Tensor) and not y.is_floating_point():
+        return F.cross_entropy, "integer targets"
+    if isinstance(y, Tensor):
+        return F.mse_loss, "floating-point targets"
+    raise ValueError(f"expected targets of one tensor to choose a criterion for, got {type(y).__name__}: give criterion=…")
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Move every tensor of a nested value."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: to_device(item, device) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(to_device(item, device) for item in value)
+    return value
+
+
+def _get(batch: Any, getter: str | int | Callable[[Any], Any]) -> Any:
+    return getter(batch) if callable(getter) else batch[getter]
+
+
+def _find(batch: Any, position: int, keys: Sequence[str], argument: str) -> Any:
+    if isinstance(batch, Mapping):
+        found = [key for key in keys if key in batch]
+        if len(found) == 1:
+            return batch[found[0]]
+        raise ValueError(
+            f"expected exactly one of the keys {', '.join(keys)} in a batch dict, got {sorted(map(str, batch))}: give "
+            f"{argument}='key' or a callable of the batch"
+        )
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        return batch[position]
+    came = f"{len(batch)} items" if isinstance(batch, (tuple, list)) else type(batch).__name__
+    raise ValueError(f"expected a batch (x, y) or a dict, got {came}: give {argument}=index or a callable of the batch")
