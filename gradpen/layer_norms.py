@@ -110,8 +110,7 @@ def _matrix_norm(weight: Tensor, settings: NormSettings, delta: float) -> Bracke
     if settings.method == "dense" or (settings.method == "auto" and min(weight.shape) <= _DENSE_WEIGHT):
         return spectral.dense_bracket(weight)
     start = spectral.normal_start((1, weight.shape[0]), None, weight, seed=1)
-    rtol = settings.rtol / 10  # one vector: cheap, and shared by all samples
-    bracket = spectral.lanczos_bracket(lambda u: (u @ weight) @ weight.T, start, delta=delta, rtol=rtol)
+    bracket = spectral.lanczos_bracket(lambda u: (u @ weight) @ weight.T, start, delta=delta, rtol=settings.rtol)
     return Bracket(bracket.lower[0], bracket.upper[0])
 
 

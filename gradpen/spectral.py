@@ -65,6 +65,7 @@ def lanczos_bracket(
     delta: float,
     rtol: float = 0.05,
     max_steps: int = 96,
+    reorthogonalize: bool = False,
 ) -> Bracket:
     """Largest singular value of J_b for every b, from products with A_b = J_b J_bᵀ.
 
@@ -75,38 +76,45 @@ def lanczos_bracket(
         delta: each upper end fails with probability at most this.
         rtol: stop when no bracket is wider than this fraction of its upper end.
         max_steps: stop after so many products.
+        reorthogonalize: keep the whole Krylov basis orthogonal. It costs memory and twice the time; without it the ends move
+            by rounding only, since copies of converged Ritz values do no harm to the largest one.
 
     Returns:
         Bracket of shape (B,).
     """
     dimension = (start != 0).sum(1)
     log_weight = _log_smallest_weight(dimension, delta)
+    max_steps = min(max_steps, max(int(dimension.max()), 1))
     q = divide_or_zero(start, torch.linalg.vector_norm(start, dim=1, keepdim=True))
+    before = torch.zeros_like(q)
     basis = [q]
-    alphas: list[Tensor] = []
-    betas: list[Tensor] = []
-    previous, beta = torch.zeros_like(q), q.new_zeros(q.shape[0])
+    size = beta = q.new_zeros(len(q))
+    exhausted = 4 * torch.finfo(start.dtype).eps
+    alphas, betas = q.new_zeros(len(q), max_steps), q.new_zeros(len(q), max_steps)
+    point = torch.zeros_like(log_weight)
     next_check = 8
-    largest_dimension = int(dimension.max()) if dimension.numel() else 0
-    while True:
-        w = gram(q) - beta.unsqueeze(1) * previous
+    for step in range(max_steps):
+        w = gram(q)
         alpha = torch.linalg.vecdot(q, w)
-        w = w - alpha.unsqueeze(1) * q
-        w = _orthogonalized(w, basis)
+        w = w - alpha.unsqueeze(1) * q - beta.unsqueeze(1) * before
+        if reorthogonalize:
+            w = _orthogonalized(w, torch.stack(basis, 1))
         beta = torch.linalg.vector_norm(w, dim=1)
-        alphas.append(alpha)
-        betas.append(beta)
-        previous, q = q, divide_or_zero(w, beta.unsqueeze(1))
-        basis.append(q)
-        steps = len(alphas)
-        last = steps >= min(max_steps, largest_dimension)
-        if steps == next_check or last:
-            bracket = _bracket_of_recurrence(
-                torch.stack(alphas, 1), torch.stack(betas, 1), log_weight, start.dtype
+        size = torch.maximum(size, alpha.abs() + beta)
+        beta = torch.where(beta > exhausted * size, beta, 0.0)  # what is left is rounding: the Krylov space is exhausted
+        alphas[:, step], betas[:, step] = alpha, beta
+        before, q = q, divide_or_zero(w, beta.unsqueeze(1))
+        if reorthogonalize:
+            basis.append(q)
+        steps = step + 1
+        if steps == next_check or steps == max_steps:
+            bracket, point = _bracket_of_recurrence(
+                alphas[:, :steps], betas[:, :steps], log_weight, point, start.dtype
             )
-            if last or bool((bracket.width <= rtol).all()):
-                return bracket
-            next_check += 4
+            if bool((bracket.width <= rtol).all()):
+                break
+            next_check += max(steps // 4, 2)
+    return bracket
 
 
 def normal_start(shape: tuple[int, int], support: Tensor | None, like: Tensor, seed: int) -> Tensor:
@@ -116,10 +124,10 @@ def normal_start(shape: tuple[int, int], support: Tensor | None, like: Tensor, s
     return start if support is None else start * support
 
 
-def _orthogonalized(w: Tensor, basis: list[Tensor]) -> Tensor:
-    """w without its components along the basis, row by row: rounding would bring converged directions back."""
-    stacked = torch.stack(basis, 1)  # (B, steps, n)
-    return w - (stacked.transpose(1, 2) @ (stacked @ w.unsqueeze(2))).squeeze(2)
+def _orthogonalized(w: Tensor, basis: Tensor) -> Tensor:
+    """w (B, n) without its components along the basis (B, steps, n): rounding would bring converged directions back."""
+    components = torch.bmm(basis, w.unsqueeze(2))
+    return torch.baddbmm(w.unsqueeze(2), basis.transpose(1, 2), components, alpha=-1).squeeze(2)
 
 
 def _log_smallest_weight(dimension: Tensor, delta: float) -> Tensor:
@@ -130,58 +138,60 @@ def _log_smallest_weight(dimension: Tensor, delta: float) -> Tensor:
     return torch.where(dimension > 1, log_weight, 0.0)  # in one dimension the weight is 1
 
 
-def _bracket_of_recurrence(alphas: Tensor, betas: Tensor, log_weight: Tensor, dtype: torch.dtype) -> Bracket:
-    """From the coefficients (B, k) to the bracket of the largest singular value: √ of that of the eigenvalue."""
+def _bracket_of_recurrence(
+    alphas: Tensor, betas: Tensor, log_weight: Tensor, point: Tensor, dtype: torch.dtype
+) -> tuple[Bracket, Tensor]:
+    """From the coefficients (B, k) to the bracket of the largest singular value, √ of that of the eigenvalue.
+
+    `point` is a guess of log((μ − θ)/θ) for the upper end; its value comes back as the next guess.
+    """
     alphas, betas = widest_float(alphas), widest_float(betas)
     tridiagonal = torch.diag_embed(alphas)
-    if alphas.shape[1] > 1:
-        off = torch.diag_embed(betas[:, :-1], 1)
-        tridiagonal = tridiagonal + off + off.transpose(1, 2)
+    tridiagonal.diagonal(1, -2, -1).copy_(betas[:, :-1])
+    tridiagonal.diagonal(-1, -2, -1).copy_(betas[:, :-1])
     ritz = torch.linalg.eigvalsh(tridiagonal)[:, -1].clamp(min=0)
     eps = torch.finfo(dtype).eps
-    slack = 4 * eps * alphas.shape[1] ** 0.5
-    upper = _christoffel_root(alphas, betas, ritz, log_weight, eps)
-    return Bracket((ritz * (1 - slack)).sqrt(), (upper * (1 + slack)).sqrt())
+    slack = eps * max(4 * alphas.shape[1] ** 0.5, alphas.shape[1])
+    point = _christoffel_root(alphas, betas, ritz, log_weight, point, eps)
+    upper = ritz * (1 + point.exp())
+    return Bracket((ritz * (1 - slack)).sqrt(), (upper * (1 + slack)).sqrt()), point
 
 
-def _christoffel_root(alphas: Tensor, betas: Tensor, ritz: Tensor, log_weight: Tensor, eps: float) -> Tensor:
-    """The μ >= θ with log K(μ) = −log t, found on a log scale of (μ − θ)/θ by bisection-safeguarded Newton steps."""
-    safe_ritz = torch.where(ritz > 0, ritz, 1.0)
-    low = torch.full_like(ritz, math.log(eps) - 2)  # log((μ − θ)/θ)
-    high = torch.full_like(ritz, 40.0)
-    point = torch.zeros_like(ritz)
+def _christoffel_root(
+    alphas: Tensor, betas: Tensor, ritz: Tensor, log_weight: Tensor, point: Tensor, eps: float
+) -> Tensor:
+    """log((μ − θ)/θ) of the root of log K(μ) = −log t, not below it, by Newton steps kept inside a bisection."""
+    ritz = torch.where(ritz > 0, ritz, 1.0)
+    low, high = torch.full_like(ritz, math.log(eps) - 2), torch.full_like(ritz, 40.0)
     for _ in range(60):
-        mu = safe_ritz * (1 + point.exp())
-        log_k, slope = _log_christoffel(alphas, betas, mu, eps * safe_ritz)
+        mu = ritz * (1 + point.exp())
+        log_k, slope = _log_christoffel(alphas, betas, mu, eps * ritz)
         excess = log_k + log_weight
-        above = excess >= 0
-        high, low = torch.where(above, point, high), torch.where(above, low, point)
-        newton = point - excess / (slope * safe_ritz * point.exp())
-        inside = (newton > low) & (newton < high) & newton.isfinite()
+        high, low = torch.where(excess >= 0, point, high), torch.where(excess >= 0, low, point)
+        newton = point - excess / (slope * (mu - ritz))
+        inside = (newton > low) & (newton < high)
         point, moved = torch.where(inside, newton, (low + high) / 2), point
-        if bool(((point - moved).abs() <= 1e-3).all()):
+        if bool(((point - moved).abs() <= _ROOT_TOLERANCE).all()):
             break
-    # the end where K is above 1/t is the safe one; Newton's last point is within 1e-3 of the root on the log scale
-    margin = torch.minimum(high, point + 2e-3)
-    return torch.where(ritz > 0, safe_ritz * (1 + margin.exp()), 0.0)
+    return torch.minimum(high, point + 2 * _ROOT_TOLERANCE)  # high is known to be above the root
+
+
+_ROOT_TOLERANCE = 1e-2  # of log((μ − θ)/θ): a hundredth of the bracket's width
 
 
 def _log_christoffel(alphas: Tensor, betas: Tensor, mu: Tensor, negligible: Tensor) -> tuple[Tensor, Tensor]:
     """log K(μ) and d log K/dμ beyond the largest Ritz value, by ratios ρ_j = p_j/p_{j−1} that do not overflow."""
-    log_p, dlog_p = torch.zeros_like(mu), torch.zeros_like(mu)
-    logs, dlogs = [log_p], [dlog_p]
-    previous = torch.full_like(mu, math.inf)  # p_{−1} = 0
-    dprevious = torch.zeros_like(mu)
-    beta_before = torch.zeros_like(mu)
+    log_ps, dlog_ps = [torch.zeros_like(mu)], [torch.zeros_like(mu)]
+    shifted = mu.unsqueeze(1) - alphas
+    betas = torch.maximum(betas, negligible.unsqueeze(1))  # an exhausted Krylov space leaves no weight beyond θ
+    ratio = shifted[:, 0] / betas[:, 0]
+    dratio = 1 / betas[:, 0]
     for j in range(alphas.shape[1]):
-        beta = torch.maximum(betas[:, j], negligible)  # an exhausted Krylov space leaves no weight beyond θ
-        ratio = ((mu - alphas[:, j]) - beta_before / previous) / beta
-        dratio = (1 + beta_before * dprevious / previous.square()) / beta
-        ratio = ratio.clamp(min=torch.finfo(mu.dtype).tiny)
-        log_p, dlog_p = log_p + ratio.log(), dlog_p + dratio / ratio
-        logs.append(log_p)
-        dlogs.append(dlog_p)
-        previous, dprevious, beta_before = ratio, dratio, beta
-    log_squares = 2 * torch.stack(logs)
-    log_k = torch.logsumexp(log_squares, 0)
-    return log_k, (torch.softmax(log_squares, 0) * 2 * torch.stack(dlogs)).sum(0)
+        if j > 0:
+            before = betas[:, j - 1] / ratio
+            ratio, dratio = (shifted[:, j] - before) / betas[:, j], (1 + before / ratio * dratio) / betas[:, j]
+        log_ps.append(log_ps[-1] + ratio.log())
+        dlog_ps.append(dlog_ps[-1] + dratio / ratio)
+    log_squares = 2 * torch.stack(log_ps)
+    slope = (torch.softmax(log_squares, 0) * torch.stack(dlog_ps)).sum(0) * 2
+    return torch.logsumexp(log_squares, 0), slope
