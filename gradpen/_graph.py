@@ -24,10 +24,14 @@ def edge_of(tensor: Tensor) -> GradientEdge:
 
 
 def walk_graph(root: Tensor, stop_at: Collection[Any] = ()) -> GraphWalk:
-    """Visit the graph under `root` once, not looking behind the nodes in `stop_at`."""
+    """Visit the graph under `root` once, not looking behind the nodes in `stop_at`.
+
+    Autocast casts a parameter once and hands the copy to everything that uses it: such a cast counts as often as it is used.
+    """
     nodes: set[Any] = set(stop_at)
     leaves: dict[int, Tensor] = {}
-    leaf_edges: Counter[int] = Counter()
+    users: Counter[Any] = Counter()  # node → edges that lead to it
+    leaf_users: list[tuple[int, Any]] = []  # (id(leaf), node that uses it)
     pending = [] if root.grad_fn is None else [root.grad_fn]
     while pending:
         node = pending.pop()
@@ -37,11 +41,16 @@ def walk_graph(root: Tensor, stop_at: Collection[Any] = ()) -> GraphWalk:
         for parent, _ in node.next_functions:
             if parent is None:
                 continue
+            users[parent] += 1
             if type(parent).__name__ == "AccumulateGrad":
                 leaf = parent.variable
                 leaves[id(leaf)] = leaf
-                leaf_edges[id(leaf)] += 1
+                leaf_users.append((id(leaf), node))
                 nodes.add(parent)
             else:
                 pending.append(parent)
+    leaf_edges: Counter[int] = Counter()
+    for leaf_id, node in leaf_users:
+        is_cast = type(node).__name__ == "ToCopyBackward0"
+        leaf_edges[leaf_id] += users[node] if is_cast else 1
     return GraphWalk(nodes, leaves, leaf_edges)

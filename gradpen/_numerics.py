@@ -35,7 +35,7 @@ def rounding_tolerance(tensor: Tensor) -> float:
 def row_sq_norm(tensor: Tensor) -> Tensor:
     """Σ over everything but dimension 0 of the squares: (B, …) → (B,)."""
     rows = at_least_float32(tensor).reshape(tensor.shape[0], -1)
-    return torch.linalg.vecdot(rows, rows)
+    return (rows * rows).sum(1)
 
 
 def sum_tensors(tensors: Sequence[Tensor]) -> Tensor:

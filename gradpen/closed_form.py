@@ -64,6 +64,16 @@ def has_closed_form(call: Call, batch_size: int) -> bool:
     return False
 
 
+def position_shape(call: Call) -> tuple[int, ...]:
+    """Sizes of the dimensions of the input that count neither samples nor features."""
+    match call.op:
+        case "conv" | "group_norm":
+            return tuple(call.input.shape[2:])
+        case "embedding":
+            return tuple(call.input.shape[1:])
+    return tuple(call.input.shape[1:-1])
+
+
 def contribution(call: Call, role: str, delta: Tensor, group_size: int) -> Contribution:
     """What one call adds to the gradient of its weight or bias, group by group.
 

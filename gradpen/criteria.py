@@ -54,6 +54,25 @@ class Criterion:
         return rows.sum(1) if self.reduction == "sum" else rows.mean(1)
 
 
+@dataclass(frozen=True)
+class Scalar:
+    """f as a function of the model's output alone, the target being known.
+
+    Attributes:
+        source: the user's function behind it.
+        function: (output, target) → (B,).
+        target: what it is given.
+    """
+
+    source: Callable[..., Tensor]
+    function: Callable[[Any, Any], Tensor]
+    target: Any
+
+    def __call__(self, output: Any) -> Tensor:
+        """f of shape (B,)."""
+        return self.function(output, self.target)
+
+
 def as_criterion(criterion: Callable[..., Tensor] | Criterion) -> Criterion:
     """Find out how a criterion is asked for one value per sample.
 

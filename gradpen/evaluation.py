@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gradpen import _checks, finite_difference, gradients
-from gradpen.criteria import Criterion
+from gradpen.criteria import Criterion, Scalar
 from gradpen.recording import Recording, RngState, call_with, map_tensors, record_forward
 from gradpen.terms import InputTerm, ParamTerm, Term, select_parameters
 
@@ -47,7 +47,7 @@ class _Pass:
 class _ScalarGradients:
     """f on one forward pass, and its gradients, computed when first asked for."""
 
-    function: Callable[[Any], Tensor]
+    function: Scalar
     recording: Recording
     inputs: bool = False
     deltas: bool = False
@@ -106,7 +106,7 @@ def _input_norms(forward: _Pass, scalar: _ScalarGradients, term: InputTerm) -> G
         return GroupNorms(sq_norms, torch.ones_like(sq_norms))
     _checks.check_input_rows(recording.inputs, scalar.f.shape[0])
     if term.method == "exact":
-        gradients.find_mixed_calls(forward.model, scalar.f, recording, scalar.gradients)
+        gradients.find_mixed_calls(forward.model, scalar.f, scalar.function, recording, scalar.gradients)
         sq_norms = gradients.input_sq_norm(scalar.gradients.inputs)
     else:
         sq_norms = finite_difference.input_norm(

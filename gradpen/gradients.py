@@ -7,6 +7,7 @@ any other way go through `torch.func`: one forward pass with a copy of these par
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -175,7 +176,7 @@ def param_sq_norm(
         RuntimeError: if samples are mixed, or the model draws random numbers that cannot be drawn again.
     """
     batch_size = f.shape[0]
-    plan = plan_parameters(recording, f, parameters, find_mixed_calls(model, f, recording, gradients))
+    plan = plan_parameters(recording, f, parameters, find_mixed_calls(model, f, scalar, recording, gradients))
     closed = _closed_sq_norm(recording, gradients, plan, batch_size, group_size, f.device)
     if not plan.mapped:
         return closed
@@ -194,15 +195,15 @@ def batch_param_sq_norm(f: Tensor, parameters: Sequence[Tensor], *, create_graph
 
 
 def find_mixed_calls(
-    model: nn.Module, f: Tensor, recording: Recording, gradients: SampleGradients
+    model: nn.Module, f: Tensor, scalar: ScalarFn, recording: Recording, gradients: SampleGradients
 ) -> frozenset[int]:
     """Calls with a row that more than one sample reaches, found by one more backward pass; errors for the inputs.
 
     With c_i f_i in place of f_i, a row that belongs to sample i alone is multiplied by c_i. The answer depends on how
-    the model lays out its batch, so it is kept for every model and layout, and costs nothing from then on.
+    the model lays out its batch and on the code of the scalar, so it is kept for these, and costs nothing from then on.
 
     Raises:
-        RuntimeError: if an input's gradient shows that f_i depends on other samples than i.
+        RuntimeError: if a gradient shows that f_i depends on the input or the output of other samples than i.
     """
     batch_size = f.shape[0]
     if batch_size == 1:
@@ -213,10 +214,11 @@ def find_mixed_calls(
     ]
     layout = tuple(tuple(n == batch_size for n in tensor.shape) for tensor in tensors)
     known = _mixed_calls.setdefault(model, {})
-    key = (model.training, len(gradients.inputs), layout)
+    key = (model.training, len(gradients.inputs), layout, _code_of(scalar))
     if key in known:
         return known[key]
-    factors = torch.arange(1, batch_size + 1, device=f.device, dtype=f.dtype).cos()
+    check_scalar_rows(f, recording.output)
+    factors = _row_factors(f)
     scaled = sample_gradients(
         f * factors,
         recording,
@@ -242,6 +244,36 @@ def find_mixed_calls(
 
 
 _mixed_calls: weakref.WeakKeyDictionary[nn.Module, dict[Any, frozenset[int]]] = weakref.WeakKeyDictionary()
+
+
+def check_scalar_rows(f: Tensor, output: Any) -> None:
+    """f_i must be a function of row i of the output alone.
+
+    Raises:
+        RuntimeError: if the criterion mixes the samples.
+    """
+    if not isinstance(output, Tensor) or not output.requires_grad or output.dim() == 0:
+        return
+    factors = _row_factors(f)
+    (gradient,) = torch.autograd.grad(f.sum(), output, retain_graph=True, allow_unused=True)
+    (scaled,) = torch.autograd.grad((f * factors).sum(), output, retain_graph=True, allow_unused=True)
+    if gradient is not None and not rows_scaled(gradient, scaled, factors):
+        raise RuntimeError(
+            "expected f_i to depend on the output of sample i alone, but the criterion mixes the samples of a batch "
+            "(dimension 0), so a gradient penalty of single samples is not defined"
+        )
+
+
+def _row_factors(f: Tensor) -> Tensor:
+    """Numbers, one a row, of which no two agree: cos 1, cos 2, …"""
+    return torch.arange(1, f.shape[0] + 1, device=f.device, dtype=f.dtype).cos()
+
+
+def _code_of(function: Any) -> Any:
+    """What tells functions apart that are made anew for every call, such as lambdas and partials."""
+    function = getattr(function, "source", function)
+    function = getattr(function, "func", function)
+    return getattr(function, "__code__", type(function))
 
 
 def rows_scaled(before: Tensor, after: Tensor, factors: Tensor) -> bool:
@@ -348,16 +380,33 @@ def _mapped_sq_norm(
         return map_tensors(output, lambda tensor: tensor.squeeze(0))
 
     in_dims = (0, map_leaves(x, lambda leaf: 0 if isinstance(leaf, Tensor) else None))
-    with rng.replayed():
-        mapped_f = scalar(torch.vmap(one_sample, in_dims, randomness="different")(by_sample, x))
+    try:
+        with rng.replayed():
+            output = torch.vmap(one_sample, in_dims, randomness="different")(by_sample, x)
+    except RuntimeError as error:
+        warnings.warn(
+            f"the gradients of {', '.join(parameters)} are computed one sample at a time, which is slow, because "
+            f"torch.func.vmap cannot run the model: {str(error).splitlines()[0]}",
+            stacklevel=2,
+        )
+        return _looped_sq_norm(f, list(parameters.values()), group_of, create_graph)
+    mapped_f = scalar(output)
     _check_same_values(f, mapped_f, list(parameters))
     gradients = torch.autograd.grad(
-        (mapped_f / sizes[group_of]).sum(),
-        list(copies.values()),
-        create_graph=create_graph,
-        allow_unused=True,
+        (mapped_f / sizes[group_of]).sum(), list(copies.values()), create_graph=create_graph, allow_unused=True
     )
     return sum_tensors([row_sq_norm(gradient) for gradient in gradients if gradient is not None])
+
+
+def _looped_sq_norm(f: Tensor, parameters: Sequence[Tensor], group_of: Tensor, create_graph: bool) -> Tensor:
+    """‖∇ mean_{i ∈ group} f_i‖² by one backward pass for every group: (groups,)."""
+    norms = []
+    for group in group_of.unique().tolist():
+        gradients = torch.autograd.grad(
+            f[group_of == group].mean(), parameters, create_graph=create_graph, retain_graph=True, allow_unused=True
+        )
+        norms.append(total_sq_norm([gradient for gradient in gradients if gradient is not None]))
+    return torch.stack(norms)
 
 
 def _check_same_values(f: Tensor, mapped_f: Tensor, names: list[str]) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradpen import _checks, finite_difference
-from gradpen.criteria import Criterion, scalar_per_sample
+from gradpen.criteria import Criterion, Scalar, scalar_per_sample
 
 ParameterFilter = Callable[[str, nn.Parameter], bool] | Sequence[str]
 
@@ -45,12 +46,11 @@ class InputTerm:
                 '"exact" or "projection"'
             )
 
-    def scalar(self, criterion: Criterion, target: Any) -> Callable[[Any], Tensor]:
+    def scalar(self, criterion: Criterion, target: Any) -> Scalar:
         """The model's output → f, (B,)."""
         if callable(self.of):
-            of = self.of
-            return lambda output: scalar_per_sample(of, output, target)
-        return lambda output: criterion.per_sample(output, target)
+            return Scalar(self.of, partial(scalar_per_sample, self.of), target)
+        return Scalar(criterion.source, criterion.per_sample, target)
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,9 @@ class ParamTerm:
             return batch_size
         return 1 if self.over == "sample" else min(int(self.over), batch_size)
 
-    def scalar(self, criterion: Criterion, target: Any) -> Callable[[Any], Tensor]:
+    def scalar(self, criterion: Criterion, target: Any) -> Scalar:
         """The model's output → f, (B,)."""
-        return lambda output: criterion.per_sample(output, target)
+        return Scalar(criterion.source, criterion.per_sample, target)
 
 
 Term = InputTerm | ParamTerm

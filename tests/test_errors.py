@@ -1,0 +1,229 @@
+"""Bad input gets an error that names what came and what to do."""
+
+from __future__ import annotations
+
+import math
+
+import cases
+import pytest
+import references as ref
+import torch
+import torch.nn.functional as F
+from gradpen import InputGradPenalty, ParamGradPenalty, PenalizedLoss, evaluate_inequality
+from gradpen.functional import input_grad_sq_norm, param_grad_sq_norm
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+X, Y = torch.randn(5, 4), torch.randint(3, (5,))
+BOTH = [input_grad_sq_norm, param_grad_sq_norm]
+
+
+def model() -> nn.Module:
+    return cases.mlp(4, 6, 3)
+
+
+CONSTRUCTORS = [
+    (lambda: InputGradPenalty(-0.1), ValueError, r"weight.*>= 0.*-0\.1"),
+    (lambda: ParamGradPenalty(-0.1), ValueError, r"weight.*>= 0.*-0\.1"),
+    (lambda: InputGradPenalty(math.nan), ValueError, "weight.*nan"),
+    (lambda: InputGradPenalty(math.inf), ValueError, "weight.*inf"),
+    (lambda: InputGradPenalty("0.1"), TypeError, "weight.*'0.1'"),
+    (lambda: InputGradPenalty(of="losses"), ValueError, "of.*'loss'.*'output'.*'losses'"),
+    (lambda: InputGradPenalty(method="exactly"), ValueError, "method.*'exact'.*'exactly'"),
+    (lambda: InputGradPenalty(method="projection"), ValueError, "projection.*output"),
+    (lambda: InputGradPenalty(of="output", method="finite_difference"), ValueError, "finite_difference.*output"),
+    (lambda: InputGradPenalty(of="output", method="projection", num_projections=0), ValueError, "num_projections.*0"),
+    (lambda: InputGradPenalty(method="finite_difference", scheme="upwind"), ValueError, "scheme.*'forward'.*'upwind'"),
+    (lambda: InputGradPenalty(method="finite_difference", step=0.0), ValueError, "step.*> 0.*0"),
+    (lambda: ParamGradPenalty(method="finite_difference", step=-1.0), ValueError, "step.*> 0.*-1"),
+    (lambda: ParamGradPenalty(method="projection"), ValueError, "method.*'projection'"),
+    (lambda: ParamGradPenalty(over="samples"), ValueError, "over.*'sample'.*'batch'.*'samples'"),
+    (lambda: ParamGradPenalty(over=0), ValueError, "over.*>= 1.*0"),
+    (lambda: ParamGradPenalty(over=-3), ValueError, "over.*-3"),
+    (lambda: ParamGradPenalty(over=2.0), (ValueError, TypeError), r"over.*2\.0"),
+    (lambda: ParamGradPenalty(over=True), (ValueError, TypeError), "over.*True"),
+    (lambda: InputGradPenalty(every_n_steps=0), ValueError, "every_n_steps.*>= 1.*0"),
+    (lambda: InputGradPenalty(every_n_steps=1.5), TypeError, r"every_n_steps.*1\.5"),
+    (lambda: InputGradPenalty(target=-1.0), ValueError, "target.*-1"),
+    (lambda: InputGradPenalty(one_sided=True), ValueError, "one_sided.*target"),
+    (lambda: InputGradPenalty(criterion="mse"), TypeError, "criterion.*'mse'"),
+    (lambda: PenalizedLoss("mse"), TypeError, "criterion.*'mse'"),
+    (lambda: PenalizedLoss(F.mse_loss, InputGradPenalty(), InputGradPenalty()), ValueError, "'input'.*name="),
+    (lambda: PenalizedLoss(F.mse_loss, 0.1), TypeError, "InputGradPenalty.*float"),
+]
+
+
+@pytest.mark.parametrize(("construct", "kind", "words"), CONSTRUCTORS)
+def test_constructors_refuse(construct, kind, words):
+    with pytest.raises(kind, match=words):
+        construct()
+
+
+CALLS = [
+    (lambda f: f(model(), X, Y[:4]), ValueError, r"batch size.*\(5, 3\).*\(4,\)"),
+    (lambda f: f(model(), X, Y, criterion=lambda o, t: F.cross_entropy(o, t)), ValueError, "one scalar per sample"),
+    (lambda f: f(model(), X, Y, criterion=lambda o, t: o), ValueError, r"one scalar per sample.*\(5, 3\)"),
+    (lambda f: f(model(), X, Y, criterion=lambda o, t: None), ValueError, "one scalar per sample.*None"),
+    (lambda f: f(model(), X, Y, criterion="mse"), TypeError, "criterion.*'mse'"),
+    (lambda f: f(lambda x: x, X, Y), TypeError, "nn.Module.*function"),
+    (lambda f: f(X, model(), Y), TypeError, "nn.Module.*Tensor"),
+    (lambda f: f(model(), X, Y, method="exactly"), ValueError, "method.*'exactly'"),
+    (lambda f: f(nn.Sequential(model(), Sum()), X, Y, criterion=lambda o, t: o), ValueError, "row per sample"),
+]
+
+
+class Sum(nn.Module):
+    """A loss already: 0-dim."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.sum()
+
+
+class Detached(nn.Sequential):
+    """Cuts its own graph."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).detach()
+
+
+@pytest.mark.parametrize("function", BOTH)
+@pytest.mark.parametrize(("call", "kind", "words"), CALLS)
+def test_calls_refuse(function, call, kind, words):
+    with pytest.raises(kind, match=words):
+        call(function)
+
+
+@pytest.mark.parametrize("function", [*BOTH, evaluate_inequality])
+def test_batch_norm_in_training_mode_is_named(function):
+    norm = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.BatchNorm1d(4)), nn.Linear(4, 3))
+    with pytest.raises(RuntimeError, match=r"'1\.0' \(BatchNorm1d.*training mode.*eval"):
+        function(norm, X, Y)
+    function(norm.eval(), X, Y)
+
+
+def test_batch_norm_is_refused_for_micro_batches_and_welcome_over_the_batch():
+    norm = cases.batch_norm().train()
+    with pytest.raises(RuntimeError, match="BatchNorm1d"):
+        param_grad_sq_norm(norm, X, Y, over=2)
+    assert param_grad_sq_norm(norm, X, Y, over="batch") > 0
+
+
+@pytest.mark.parametrize("function", [*BOTH, evaluate_inequality])
+def test_a_detached_output_is_explained(function):
+    with pytest.raises(RuntimeError, match="detached"):
+        function(Detached(nn.Linear(4, 3)), X, Y)
+
+
+@pytest.mark.parametrize("function", [input_grad_sq_norm, evaluate_inequality])
+@pytest.mark.parametrize("x", [torch.zeros(5, 4, dtype=torch.long), (torch.ones(5, 4, dtype=torch.int32),)])
+def test_integer_inputs_are_refused_by_dtype(function, x):
+    with pytest.raises((TypeError, ValueError), match=r"float.*torch\.int"):
+        function(cases.embed(nn.Embedding(3, 4)), x, Y)
+
+
+@pytest.mark.parametrize("function", [param_grad_sq_norm, evaluate_inequality, ParamGradPenalty()])
+def test_a_frozen_model_has_no_parameter_gradient(function):
+    with pytest.raises(ValueError, match="trainable parameters.*Sequential"):
+        function(model().requires_grad_(False), X, Y)
+
+
+def test_a_frozen_model_has_an_input_gradient():
+    assert (input_grad_sq_norm(model().requires_grad_(False), X, Y) > 0).all()
+
+
+@pytest.mark.parametrize("which", [["no.such.*"], lambda name, parameter: False])
+def test_a_filter_that_selects_nothing(which):
+    with pytest.raises(ValueError, match=r"parameters=.*none of 0\.weight"):
+        param_grad_sq_norm(model(), X, Y, parameters=which)
+
+
+@pytest.mark.parametrize("call", [*BOTH, InputGradPenalty(), ParamGradPenalty(), PenalizedLoss(F.cross_entropy, ParamGradPenalty())])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_autograd(call, mode):
+    with mode(), pytest.raises(RuntimeError, match=f"{mode.__name__}.*enable_grad"):
+        call(model(), X, Y)
+
+
+@pytest.mark.parametrize("call", [*BOTH, InputGradPenalty(of="output", method="projection"), PenalizedLoss(F.cross_entropy, ParamGradPenalty(over="batch"))])
+@pytest.mark.parametrize("place", ["whole", "inner", "in_place"])
+def test_compiled_modules_are_refused_with_two_ways_out(call, place):
+    compiled = model()
+    if place == "whole":
+        compiled = torch.compile(compiled, backend="eager")
+    elif place == "inner":
+        compiled[0] = torch.compile(compiled[0], backend="eager")
+    else:
+        compiled.compile(backend="eager")
+    with pytest.raises(RuntimeError, match=r"torch\.compile.*uncompiled.*finite_difference"):
+        call(compiled, X, Y)
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ({"of": "logits"}, "of.*'logits'"),
+    ({"norm": "nuclear"}, "norm.*'spectral'.*'nuclear'"),
+    ({"method": "power"}, "method.*'krylov'.*'power'"),
+    ({"delta": 0.0}, r"delta.*0\.0"),
+    ({"delta": 1.5}, r"delta.*1\.5"),
+])
+def test_the_inequality_refuses_unknown_options(options, words):
+    with pytest.raises(ValueError, match=words):
+        evaluate_inequality(model(), X, Y, **options)
+
+
+def test_the_inequality_wants_full_precision():
+    with pytest.raises(ValueError, match=r"float32.*bfloat16.*float\(\)"):
+        evaluate_inequality(model().bfloat16(), X.bfloat16(), Y)
+
+
+def test_an_input_of_the_wrong_size_is_named():
+    class Broadcast(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.dense = nn.Linear(4, 3)
+
+        def forward(self, x, shift):
+            return self.dense(x) + shift
+
+    with pytest.raises(ValueError, match=r"\(3,\)"):
+        input_grad_sq_norm(Broadcast(), (X, torch.randn(3)), Y)
+
+
+class Gated(nn.Module):
+    """A recurrent module that vmap knows nothing of."""
+
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.cell, self.head = kind(4, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.cell(x)[0].mean(1))
+
+
+def spectrally_normed() -> nn.Module:
+    return nn.Sequential(spectral_norm(nn.Linear(4, 5)), nn.Tanh(), nn.Linear(5, 3))  # training mode: moves its buffers
+
+
+@pytest.mark.parametrize(("build", "x", "name"), [
+    (lambda: Gated(nn.GRU), torch.randn(5, 3, 4), "cell.weight_ih_l0"),
+    (lambda: Gated(nn.LSTM), torch.randn(5, 3, 4), "cell.weight_ih_l0"),
+    (lambda: Gated(nn.RNN), torch.randn(5, 3, 4), "cell.weight_ih_l0"),
+    (spectrally_normed, X, "0.parametrizations.weight.original"),
+], ids=["gru", "lstm", "rnn", "spectral_norm_training"])
+def test_what_torch_cannot_map_over_samples_is_right_or_explained(build, x, name):
+    mapped = build()
+    buffers = [buffer.clone() for buffer in mapped.buffers()]
+    try:
+        actual = param_grad_sq_norm(mapped, x, Y)
+    except RuntimeError as error:
+        assert name in str(error) and "parameters=" in str(error) and 'over="batch"' in str(error)
+        return
+    for buffer, before in zip(mapped.buffers(), buffers, strict=True):
+        buffer.copy_(before)
+    losses = F.cross_entropy(mapped(x), Y, reduction="none")
+    expected = torch.stack([ref.sq_norm(ref.gradients(f, ref.trainable(mapped))) for f in losses])
+    ref.assert_close(actual, expected, 1e-4)
+
+
+def test_a_missing_target_is_the_criterions_error():
+    with pytest.raises((TypeError, ValueError)):
+        input_grad_sq_norm(model(), X)

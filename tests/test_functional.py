@@ -1,0 +1,539 @@
+"""R before the mean: values and parameter gradients against the loop oracles, over the grid."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import cases
+import pytest
+import references as ref
+import torch
+import torch.nn.functional as F
+from gradpen.functional import input_grad_sq_norm, param_grad_sq_norm
+from torch import nn
+
+BATCHES = [cases.B, 1]
+LOOSE = {torch.float32: (1e-4, 1e-3), torch.float64: (1e-10, 1e-10)}
+
+
+def check(actual, expected, model, tolerance=1e-10, exact_model=None):
+    """Values (B,) and the gradient of their mean."""
+    ref.assert_close(actual, expected, tolerance)
+    gradient = ref.flat_gradient(actual.mean(), model)
+    assert ref.relative_error(gradient, ref.flat_gradient(expected.mean(), exact_model or model)) < 10 * tolerance
+
+
+# ---- exact, against the oracles -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("case", [*cases.ARCHITECTURES, *cases.LOSS_CASES], ids=str)
+def test_param_norms_of_samples(case, batch):
+    model, x, y, criterion = case.problem(batch)
+    actual = param_grad_sq_norm(model, x, y, criterion=criterion)
+    check(actual, ref.param_grad_sq_norm(model, x, y, case.loss.row), model)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("case", [*cases.FLOAT_INPUT, *cases.LOSS_CASES], ids=str)
+def test_input_norms_of_samples(case, batch):
+    model, x, y, criterion = case.problem(batch)
+    actual = input_grad_sq_norm(model, x, y, criterion=criterion)
+    check(actual, ref.input_grad_sq_norm(model, x, y, case.loss.row), model)
+
+
+@pytest.mark.parametrize("group", [2, 5, 9])
+@pytest.mark.parametrize("case", cases.ARCHITECTURES, ids=str)
+def test_param_norms_of_micro_batches(case, group):
+    model, x, y, criterion = case.problem()
+    actual = param_grad_sq_norm(model, x, y, criterion=criterion, over=group)
+    check(actual, ref.param_grad_sq_norm(model, x, y, case.loss.row, group=group), model)
+
+
+@pytest.mark.parametrize("case", [*cases.ARCHITECTURES, *cases.LOSS_CASES], ids=str)
+def test_param_norm_of_the_batch(case):
+    model, x, y, criterion = case.problem()
+    actual = param_grad_sq_norm(model, x, y, criterion=criterion, over="batch")
+    check(actual, ref.param_grad_sq_norm(model, x, y, case.loss.row, group=cases.B), model)
+
+
+@pytest.mark.parametrize("case", [c for c in cases.FLOAT_INPUT if isinstance(c.draw(1), torch.Tensor)], ids=str)
+def test_jacobian_norms(case):
+    model, x, _, _ = case.problem(batch=3)
+    check(input_grad_sq_norm(model, x, of="output"), ref.output_jacobian_sq_norm(model, x), model)
+
+
+@pytest.mark.parametrize("name", ["relu", "gelu", "conv2d", "tokens", "layer_norm", "embedding", "custom_parameter"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_result_has_the_precision_of_the_model(name, dtype):
+    case = cases.find(name)
+    model, x, y, criterion = case.problem(dtype=dtype)
+    exact_model, exact_x, *_ = case.problem()
+    tolerance, _ = LOOSE[dtype]
+    actual = param_grad_sq_norm(model, x, y, criterion=criterion)
+    assert actual.dtype == dtype
+    exact_model.load_state_dict(model.double().state_dict())
+    expected = ref.param_grad_sq_norm(exact_model, exact_x.to(dtype).double() if case.float_input else exact_x, y, case.loss.row)
+    ref.assert_close(actual, expected, tolerance)
+
+
+@pytest.mark.parametrize("quantity", ["input", "param"])
+@pytest.mark.parametrize("case", cases.SMOOTH, ids=str)
+def test_float32_gradients_are_close_to_float64(case, quantity):
+    single, double = case.problem(dtype=torch.float32), case.problem()
+    double.model.load_state_dict(single.model.state_dict())
+    function = input_grad_sq_norm if quantity == "input" else param_grad_sq_norm
+    actual = function(single.model, single.x, single.y, criterion=single.criterion)
+    exact = ref.input_grad_sq_norm if quantity == "input" else ref.param_grad_sq_norm
+    expected = exact(double.model, single.x.double(), single.y, case.loss.row)
+    assert actual.dtype == torch.float32
+    check(actual, expected, single.model, 1e-4, double.model)
+
+
+# ---- what f is ------------------------------------------------------------------------------------------------------
+
+
+def test_a_callable_gives_any_scalar_of_a_sample():
+    model, x, y, _ = cases.find("tanh").problem()
+    margin = input_grad_sq_norm(model, x, y, of=lambda output, target: output[:, 0] - output[:, 1])
+    check(margin, ref.input_grad_sq_norm(model, x, y, lambda o, t: o[0] - o[1]), model)
+
+
+def test_the_callable_sees_the_target():
+    model, x, y, _ = cases.find("tanh").problem()
+    logit = input_grad_sq_norm(model, x, y, of=lambda output, target: output.gather(1, target[:, None])[:, 0])
+    check(logit, ref.input_grad_sq_norm(model, x, y, lambda o, t: o[t]), model)
+
+
+def test_the_output_may_have_any_rank():
+    model, x, _, _ = cases.find("per_position").problem(batch=3)
+    check(input_grad_sq_norm(model, x, of="output"), ref.output_jacobian_sq_norm(model, x), model)
+
+
+def test_only_the_parameters_asked_for_count():
+    case = cases.find("conv2d")
+    model, x, y, criterion = case.problem()
+    for which in (["*.weight"], lambda name, parameter: parameter.dim() > 1):
+        actual = param_grad_sq_norm(model, x, y, criterion=criterion, parameters=which)
+        chosen = [parameter for name, parameter in model.named_parameters() if name.endswith("weight")]
+        check(actual, ref.param_grad_sq_norm(model, x, y, case.loss.row, parameters=chosen), model)
+
+
+def test_patterns_select_by_name():
+    case = cases.find("three_layers")
+    model, x, y, criterion = case.problem()
+    actual = param_grad_sq_norm(model, x, y, criterion=criterion, parameters=["0.*", "4.bias"], over=2)
+    chosen = [model[0].weight, model[0].bias, model[4].bias]
+    check(actual, ref.param_grad_sq_norm(model, x, y, case.loss.row, parameters=chosen, group=2), model)
+
+
+def test_the_gradient_reaches_what_the_input_was_computed_from():
+    case = cases.find("tanh")
+    model, x, y, _ = case.problem()
+    scale = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
+    for function, oracle in (
+        (input_grad_sq_norm, ref.input_grad_sq_norm),
+        (param_grad_sq_norm, ref.param_grad_sq_norm),
+    ):
+        (actual,) = torch.autograd.grad(function(model, x * scale, y).sum(), scale)
+        (expected,) = torch.autograd.grad(oracle(model, x * scale, y, case.loss.row).sum(), scale)
+        ref.assert_close(actual, expected)
+
+
+# ---- second derivatives ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", [input_grad_sq_norm, param_grad_sq_norm])
+@pytest.mark.parametrize("case", cases.SMOOTH, ids=str)
+def test_gradients_are_those_of_finite_differences(case, function):
+    model, x, y, criterion = case.problem(batch=2)
+    exact = ref.flat_gradient(function(model, x, y, criterion=criterion).mean(), model)
+    numerical = ref.finite_difference_gradient(lambda: function(model, x, y, criterion=criterion).mean(), model)
+    assert ref.relative_error(exact, numerical) < 1e-6
+
+
+@pytest.mark.parametrize("function", [input_grad_sq_norm, param_grad_sq_norm])
+@pytest.mark.parametrize("name", ["tanh", "softplus", "tokens_first_other_count", "custom_parameter"])
+def test_first_and_second_derivatives_in_the_input(function, name):
+    model, x, y, _ = cases.find(name).problem(batch=2)
+    x.requires_grad_()
+    if name == "tokens_first_other_count":
+        model.norm = nn.Identity()
+    assert torch.autograd.gradcheck(lambda x: function(model, x, y), x)
+    assert torch.autograd.gradgradcheck(lambda x: function(model, x, y), x)
+
+
+# ---- layouts that look like a batch -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["tokens_first", "positions", "reversed_batch"])
+def test_a_zero_head_does_not_hide_a_mixed_layout(name):
+    case = cases.find(name)
+    model, x, y, _ = case.problem()
+    trained = copy.deepcopy(model.head.state_dict())
+    nn.init.zeros_(model.head.weight)
+    param_grad_sq_norm(model, x, y)
+    model.head.load_state_dict(trained)
+    check(param_grad_sq_norm(model, x, y), ref.param_grad_sq_norm(model, x, y, case.loss.row), model)
+
+
+@pytest.mark.parametrize("first", [3, cases.B])
+def test_one_model_with_batches_of_several_sizes(first):
+    case = cases.find("tokens_first")
+    model, x, y, _ = case.problem(batch=7)
+    for batch in (first, 7, cases.B, 1, 3):
+        expected = ref.param_grad_sq_norm(model, x[:batch], y[:batch], case.loss.row)
+        check(param_grad_sq_norm(model, x[:batch], y[:batch]), expected, model)
+
+
+def test_changing_which_parameters_are_frozen():
+    case = cases.find("three_layers")
+    model, x, y, _ = case.problem()
+    for frozen in ((), ("0.weight", "0.bias"), ("4.weight",), ()):
+        model.requires_grad_(True)
+        cases.freeze(model, *frozen)
+        check(param_grad_sq_norm(model, x, y), ref.param_grad_sq_norm(model, x, y, case.loss.row), model)
+
+
+class Switched(nn.Module):
+    """Samples or tokens first, as a flag says; with T == B both look alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense, self.head = nn.Linear(4, 4), nn.Linear(4, cases.CLASSES)
+        self.tokens_first = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.tokens_first:
+            return self.head(self.dense(x.transpose(0, 1)).tanh().mean(0))
+        return self.head(self.dense(x).tanh().mean(1))
+
+
+def test_a_model_that_changes_its_layout_between_calls():
+    _, x, y, _ = cases.find("tokens_first").problem()
+    model = Switched().double()
+    for model.tokens_first in (False, True, False):
+        check(param_grad_sq_norm(model, x, y), ref.param_grad_sq_norm(model, x, y, cases.cross_entropy_row), model)
+
+
+class Centred(nn.Module):
+    """Subtracts the batch mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = nn.Linear(4, cases.CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.dense(x - x.mean(0)).tanh() + self.dense(x).mean(0)
+
+
+@pytest.mark.parametrize("function", [input_grad_sq_norm, param_grad_sq_norm])
+def test_a_model_that_mixes_samples_is_refused(function):
+    _, x, y, _ = cases.find("relu").problem()
+    with pytest.raises(RuntimeError, match="mixes the samples"):
+        function(Centred().double(), x, y)
+
+
+def mixing(output, target):
+    return F.cross_entropy(output - output.mean(0), target, reduction="none")
+
+
+@pytest.mark.parametrize("function", [input_grad_sq_norm, param_grad_sq_norm])
+@pytest.mark.parametrize("called_before", [False, True])
+def test_a_criterion_that_mixes_samples_is_refused(function, called_before):
+    model, x, y, _ = cases.find("relu").problem()
+    if called_before:
+        function(model, x, y)
+    with pytest.raises(RuntimeError, match="mixes the samples"):
+        function(model, x, y, criterion=mixing)
+
+
+# ---- dropout and random numbers ---------------------------------------------------------------------------------------
+
+
+def dropout_net() -> nn.Sequential:
+    return cases.mlp(4, 8, 6, 3, activation=lambda: nn.Sequential(nn.Tanh(), nn.Dropout(0.5))).double()
+
+
+def looped(model, x, y, tensors):
+    """‖∂f_i/∂tensors‖² sample by sample through one forward pass of the whole batch."""
+    losses = F.cross_entropy(model(x), y, reduction="none")
+    return torch.stack([ref.sq_norm(ref.gradients(f, tensors)) for f in losses])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_dropout_has_one_mask_for_the_whole_call(seed):
+    model, (_, x, y, _) = dropout_net(), cases.find("relu").problem()
+    x.requires_grad_()
+    for function, tensors in ((param_grad_sq_norm, ref.trainable(model)), (input_grad_sq_norm, [x])):
+        torch.manual_seed(seed)
+        actual = function(model, x, y)
+        torch.manual_seed(seed)
+        check(actual, looped(model, x, y, tensors), model)
+
+
+@pytest.mark.parametrize("name", ["relu", "conv2d", "custom_parameter", "tokens_first"])
+@pytest.mark.parametrize("options", [{}, {"over": 2}, {"over": "batch"}, {"method": "finite_difference"}], ids=str)
+def test_a_model_without_randomness_moves_no_random_stream(name, options):
+    model, x, y, criterion = cases.find(name).problem()
+    before = torch.get_rng_state()
+    param_grad_sq_norm(model, x, y, criterion=criterion, **options)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("method", ["exact", "finite_difference"])
+def test_dropout_moves_the_random_stream_once(method):
+    model, (_, x, y, _) = dropout_net(), cases.find("relu").problem()
+    torch.manual_seed(3)
+    model(x)
+    expected = torch.get_rng_state()
+    torch.manual_seed(3)
+    param_grad_sq_norm(model, x, y, over="batch", method=method)
+    assert torch.equal(torch.get_rng_state(), expected)
+
+
+def test_a_fallback_parameter_beside_dropout_is_right_or_refused():
+    _, x, y, _ = cases.find("relu").problem()
+    model = nn.Sequential(nn.Linear(4, 6), cases.Scale(6), nn.Dropout(0.5), nn.Linear(6, 3)).double()
+    torch.manual_seed(3)
+    expected = looped(model, x, y, ref.trainable(model))
+    torch.manual_seed(3)
+    try:
+        actual = param_grad_sq_norm(model, x, y)
+    except RuntimeError as error:
+        assert "random numbers" in str(error) and "1.scale" in str(error)
+        return
+    check(actual, expected, model)
+
+
+# ---- projections ------------------------------------------------------------------------------------------------------
+
+
+def projection_tolerance(model, x, draws):
+    """Five standard errors of mean ‖vᵀJ‖² for Gaussian v, whose variance 2‖JJᵀ‖_F² no usual direction exceeds."""
+    jacobians = [torch.autograd.functional.jacobian(model, row[None]).reshape(-1, row.numel()) for row in x]
+    return 5 * torch.stack([(2 / draws) ** 0.5 * (j @ j.T).norm() for j in jacobians])
+
+
+@pytest.mark.parametrize("name", ["tanh", "one_layer", "per_position"])
+def test_projections_are_unbiased(name):
+    model, x, _, _ = cases.find(name).problem(batch=3)
+    actual = input_grad_sq_norm(model, x, of="output", method="projection", num_projections=1000)
+    error = (actual - ref.output_jacobian_sq_norm(model, x)).abs()
+    assert (error < projection_tolerance(model, x, 1000)).all()
+    assert (error > 0).any()
+
+
+def test_the_gradient_of_a_projection_is_unbiased():
+    model, x, _, _ = cases.find("tanh").problem(batch=2)
+    exact = ref.flat_gradient(ref.output_jacobian_sq_norm(model, x).mean(), model)
+    draws = torch.stack(
+        [
+            ref.flat_gradient(input_grad_sq_norm(model, x, of="output", method="projection").mean(), model)
+            for _ in range(400)
+        ]
+    )
+    standard_error = draws.std(0) / math.sqrt(len(draws))
+    assert ((draws.mean(0) - exact).abs() <= 5 * standard_error + 1e-12).all()
+
+
+def test_a_generator_repeats_the_projection_and_leaves_the_global_stream():
+    model, x, _, _ = cases.find("tanh").problem()
+    state = torch.get_rng_state()
+    draw = [
+        input_grad_sq_norm(
+            model, x, of="output", method="projection", generator=torch.Generator().manual_seed(seed)
+        )
+        for seed in (4, 4, 5)
+    ]
+    assert torch.equal(draw[0], draw[1]) and not torch.equal(draw[0], draw[2])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# ---- finite differences -------------------------------------------------------------------------------------------------
+
+ORDERS = [("forward", 1e-5, 1e-3), ("backward", 1e-5, 1e-3), ("central", 1e-3, 1e-4)]
+
+
+@pytest.mark.parametrize(("scheme", "step", "tolerance"), ORDERS)
+@pytest.mark.parametrize("case", cases.SMOOTH, ids=str)
+def test_finite_differences_of_the_input(case, scheme, step, tolerance):
+    model, x, y, criterion = case.problem()
+    options = {"criterion": criterion, "method": "finite_difference", "scheme": scheme, "step": step}
+    actual = input_grad_sq_norm(model, x, y, **options)
+    expected = ref.input_grad_sq_norm(model, x, y, case.loss.row)
+    ref.assert_close(actual, expected)
+    assert ref.relative_error(
+        ref.flat_gradient(actual.mean(), model), ref.flat_gradient(expected.mean(), model)
+    ) < tolerance
+
+
+@pytest.mark.parametrize(("scheme", "step", "tolerance"), ORDERS)
+@pytest.mark.parametrize("over", ["batch", 2, "sample"])
+@pytest.mark.parametrize("case", cases.SMOOTH, ids=str)
+def test_finite_differences_of_the_parameters(case, over, scheme, step, tolerance):
+    model, x, y, criterion = case.problem()
+    options = {"criterion": criterion, "method": "finite_difference", "scheme": scheme, "step": step}
+    actual = param_grad_sq_norm(model, x, y, over=over, **options)
+    group = {"batch": cases.B, "sample": 1}.get(over, over)
+    expected = ref.param_grad_sq_norm(model, x, y, case.loss.row, group=group)
+    ref.assert_close(actual, expected)
+    assert ref.relative_error(
+        ref.flat_gradient(actual.mean(), model), ref.flat_gradient(expected.mean(), model)
+    ) < tolerance
+
+
+@pytest.mark.parametrize("scheme", ["forward", "backward", "central"])
+def test_the_difference_converges_with_the_order_of_its_scheme(scheme):
+    case = cases.find("tanh")
+    model, x, y, _ = case.problem()
+    exact = ref.flat_gradient(ref.param_grad_sq_norm(model, x, y, case.loss.row, group=cases.B).sum(), model)
+    errors = [
+        ref.relative_error(
+            ref.flat_gradient(
+                param_grad_sq_norm(
+                    model, x, y, over="batch", method="finite_difference", scheme=scheme, step=step
+                ).sum(),
+                model,
+            ),
+            exact,
+        )
+        for step in (1e-2, 1e-3)
+    ]
+    order = math.log10(errors[0] / errors[1])
+    assert order == pytest.approx(2 if scheme == "central" else 1, abs=0.1)
+
+
+def test_finite_differences_follow_the_parameters_asked_for():
+    case = cases.find("tanh")
+    model, x, y, _ = case.problem()
+    actual = param_grad_sq_norm(
+        model, x, y, over="batch", method="finite_difference", step=1e-5, parameters=["*.weight"]
+    )
+    chosen = [parameter for name, parameter in model.named_parameters() if name.endswith("weight")]
+    expected = ref.param_grad_sq_norm(model, x, y, case.loss.row, group=cases.B, parameters=chosen)
+    ref.assert_close(actual, expected)
+    error = ref.relative_error(ref.flat_gradient(actual.sum(), model), ref.flat_gradient(expected.sum(), model))
+    assert error < 1e-3
+
+
+@pytest.mark.parametrize("name", ["reused", "tied_embedding", "parametrised", "masked", "two_inputs_dict"])
+def test_finite_differences_for_shared_parameters_and_several_inputs(name):
+    case = cases.find(name)
+    model, x, y, criterion = case.problem()
+    actual = param_grad_sq_norm(model, x, y, over="batch", method="finite_difference", scheme="central", step=1e-4)
+    expected = ref.param_grad_sq_norm(model, x, y, case.loss.row, group=cases.B)
+    ref.assert_close(actual, expected)
+    if name != "masked":  # has kinks
+        gradients = (ref.flat_gradient(value.sum(), model) for value in (actual, expected))
+        assert ref.relative_error(*gradients) < 1e-4
+
+
+def test_finite_differences_work_through_a_compiled_module():
+    model, x, y, _ = cases.find("tanh").problem()
+    compiled = torch.compile(model, backend="aot_eager")
+    for function, options in ((param_grad_sq_norm, {"over": "batch"}), (input_grad_sq_norm, {})):
+        options = {**options, "method": "finite_difference", "step": 1e-3}
+        check(function(compiled, x, y, **options), function(model, x, y, **options), model)
+
+
+# ---- trouble at zero, precision, hands off ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["exact", "finite_difference"])
+@pytest.mark.parametrize("function", [input_grad_sq_norm, param_grad_sq_norm])
+def test_a_gradient_of_zero_has_a_finite_derivative(function, method):
+    model, x, y, _ = cases.find("no_bias").problem()
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    value = function(model, x, y, method=method)
+    assert torch.equal(value, torch.zeros_like(value))
+    assert torch.isfinite(ref.flat_gradient(value.sum(), model)).all()
+
+
+@pytest.mark.parametrize("function", [input_grad_sq_norm, param_grad_sq_norm])
+@pytest.mark.parametrize("name", ["gelu", "conv2d", "layer_norm", "tokens", "custom_parameter", "tied_by_matmul"])
+def test_autocast_to_bfloat16_is_finite_and_close(name, function):
+    case = cases.find(name)
+    model, x, y, criterion = case.problem(dtype=torch.float32)
+    expected = function(model, x, y, criterion=criterion)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = function(model, x, y, criterion=criterion)
+    assert actual.dtype == torch.float32
+    assert ref.relative_error(actual, expected) < 0.05
+    gradients = [ref.flat_gradient(value.mean(), model) for value in (actual, expected)]
+    assert ref.relative_error(*gradients) < 0.1
+
+
+@pytest.mark.parametrize("method", ["exact", "finite_difference"])
+@pytest.mark.parametrize("function", [input_grad_sq_norm, param_grad_sq_norm])
+def test_nothing_of_the_callers_is_touched(function, method):
+    model, x, y, criterion = cases.find("prelu").problem()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before = copy.deepcopy(model.state_dict())
+    x_before = x.clone()
+    function(model, x, y, criterion=criterion, method=method)
+    assert all(torch.equal(parameter.grad, torch.ones_like(parameter)) for parameter in model.parameters())
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+    assert torch.equal(x, x_before) and not x.requires_grad and x.grad is None
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_batch_norm_in_training_mode_counts_one_batch():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3)).double()
+    _, x, y, _ = cases.find("relu").problem()
+    for calls, method in enumerate(("exact", "finite_difference"), start=1):
+        param_grad_sq_norm(model, x, y, over="batch", method=method)
+        assert model[1].num_batches_tracked == calls
+
+
+class Named(nn.Module):
+    """Returns a dict, as the models of transformers do."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"logits": self.model(x)}
+
+
+@pytest.mark.parametrize("name", ["tanh", "custom_parameter", "conv2d"])
+def test_outputs_and_targets_of_any_structure(name):
+    model, x, y, _ = cases.find(name).problem()
+    scale = torch.rand(cases.B, dtype=torch.float64)
+
+    def criterion(output, target):
+        return target["scale"] * F.cross_entropy(output["logits"], target["label"], reduction="none")
+
+    wrapped, target = Named(model), {"label": y, "scale": scale}
+    row = lambda output, target: target[1] * cases.cross_entropy_row(output, target[0])  # noqa: E731
+    pairs = list(zip(y, scale, strict=True))
+    check(param_grad_sq_norm(wrapped, x, target, criterion=criterion), ref.param_grad_sq_norm(model, x, pairs, row), wrapped, exact_model=model)
+    check(input_grad_sq_norm(wrapped, x, target, criterion=criterion), ref.input_grad_sq_norm(model, x, pairs, row), wrapped, exact_model=model)
+    by_difference = param_grad_sq_norm(wrapped, x, target, criterion=criterion, over=2, method="finite_difference")
+    ref.assert_close(by_difference, ref.param_grad_sq_norm(model, x, pairs, row, group=2))
+
+
+def test_finite_differences_work_through_fused_attention():
+    mathematical, x, y, _ = cases.find("attention").problem()
+    fused = mathematical.model
+    for function, options in ((param_grad_sq_norm, {"over": "batch"}), (input_grad_sq_norm, {})):
+        options |= {"method": "finite_difference", "scheme": "central", "step": 1e-3}
+        actual = function(fused, x, y, **options).sum()
+        exact = function(mathematical, x, y, **{"over": "batch"} if "over" in options else {}).sum()
+        ref.assert_close(actual, exact, 1e-8)
+        gradients = (ref.flat_gradient(value, model) for value, model in ((actual, fused), (exact, mathematical)))
+        assert ref.relative_error(*gradients) < 1e-4
+
+
+def test_checkpointed_activations():
+    class Checkpointed(nn.Sequential):
+        def forward(self, x):
+            return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=False)
+
+    plain, x, y, _ = cases.find("tanh").problem()
+    model = Checkpointed(*plain)
+    check(param_grad_sq_norm(model, x, y), ref.param_grad_sq_norm(plain, x, y, cases.cross_entropy_row), plain)

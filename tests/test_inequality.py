@@ -1,0 +1,505 @@
+"""Both sides of the inequality against explicit loops, which layers are in the sum, and what is 0/0."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import cases
+import pytest
+import references as ref
+import torch
+import torch.nn.functional as F
+from gradpen import evaluate_inequality
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+
+CHAINS = [
+    *[case for case in cases.DENSE if case.name not in {"functional"}],
+    cases.Case("layer_norm_chain", lambda: cases.after_norm(nn.LayerNorm(4), 4)),
+    cases.Case("batch_norm_chain", cases.batch_norm),
+    cases.Case("conv_then_dense", lambda: cases.conv(nn.Conv1d(2, 3, 3)), cases.normal(2, 5)),
+    cases.Case("custom_parameter_chain", lambda: cases.mlp_with(cases.Scale(4))),
+    cases.Case("bottleneck", lambda: cases.mlp(6, 1, 7, 2, activation=nn.Tanh), cases.normal(6)),
+    cases.Case("no_activation", lambda: cases.mlp(4, 6, 5, 3, activation=nn.Identity)),
+    cases.Case("softmax_between", lambda: cases.mlp(4, 6, 5, 3, activation=lambda: nn.Softmax(1))),
+    cases.Case("one_output", lambda: cases.mlp(4, 6, 1), loss=cases.MSE),
+    cases.Case("dead_first_layer", lambda: dead(cases.mlp(4, 6, 5, 3), layer=0)),
+    cases.Case("zero_weight", lambda: zeroed(cases.mlp(4, 6, 5, 3, activation=nn.Tanh), layer=2)),
+]
+NORMS = ["spectral", "frobenius", "joint"]
+
+
+def dead(model, layer):
+    """Every unit behind this layer is off."""
+    nn.init.constant_(model[layer].bias, -100.0)
+    return model
+
+
+def zeroed(model, layer):
+    """A layer with W = 0."""
+    nn.init.zeros_(model[layer].weight)
+    return model
+
+
+def margin(output, target):
+    return output[:, 0] - output[:, 1]
+
+
+def compare(report, expected, norm="spectral", tolerance=1e-9):
+    """Everything that the oracle knows."""
+    ref.assert_close(report.lhs, expected["lhs"], tolerance)
+    ref.assert_close(report.rhs, expected["rhs"], tolerance)
+    ref.assert_close(report.input_grad_sq_norm, expected["input"], tolerance)
+    ref.assert_close(report.param_grad_sq_norm, expected["rhs"], tolerance)
+    layers = {layer.name: layer for layer in report.layers}
+    for name, terms in expected["layers"].items():
+        keys = ["weight_lhs", "weight_rhs", "bias_lhs", "bias_rhs"]
+        if all(terms[key] is None for key in keys):
+            assert name not in layers
+            continue
+        keys += ["input_sq_norm"] + ["jacobian_norm", "slack_product", "slack_alignment"] * (norm == "spectral")
+        for key in keys:
+            actual = getattr(layers[name], key)
+            if terms[key] is None and key.startswith("slack"):
+                continue
+            assert (actual is None) == (terms[key] is None), f"{name}.{key}"
+            if actual is not None:
+                ref.assert_close(actual, terms[key], 10 * tolerance)
+    assert set(layers) <= set(expected["layers"])
+
+
+# ---- against the loops ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("case", CHAINS, ids=str)
+def test_both_sides_of_a_chain(case, norm):
+    model, x, y, criterion = case.problem()
+    report = evaluate_inequality(model, x, y, criterion=criterion, norm=norm)
+    compare(report, ref.inequality(model, x, y, case.loss.row, norm), norm)
+    assert report.holds.all() and report.violations == 0
+
+
+@pytest.mark.parametrize("method", ["auto", "dense", "krylov"])
+@pytest.mark.parametrize("norm", ["spectral", "joint"])
+@pytest.mark.parametrize("name", ["relu", "three_layers", "layer_norm_chain", "conv_then_dense"])
+def test_every_method_finds_the_same_sides(name, norm, method):
+    case = next(case for case in CHAINS if case.name == name)
+    model, x, y, criterion = case.problem()
+    report = evaluate_inequality(model, x, y, criterion=criterion, norm=norm, method=method)
+    expected = ref.inequality(model, x, y, case.loss.row, norm)
+    ref.assert_close(report.lhs, expected["lhs"], 1e-6)
+    slack = 1 + 1e-9
+    assert (report.lhs_lower <= expected["lhs"] * slack).all() and (expected["lhs"] <= report.lhs_upper * slack).all()
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("norm", NORMS)
+def test_small_batches(batch, norm):
+    case = cases.find("three_layers")
+    model, x, y, criterion = case.problem(batch)
+    report = evaluate_inequality(model, x, y, criterion=criterion, norm=norm)
+    compare(report, ref.inequality(model, x, y, case.loss.row, norm), norm)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("name", ["relu", "three_layers", "gelu", "frozen_weight", "flattened_image"])
+def test_float32(name, norm):
+    case = cases.find(name)
+    single, double = case.problem(dtype=torch.float32), case.problem()
+    double.model.load_state_dict(single.model.state_dict())
+    report = evaluate_inequality(single.model, single.x, single.y, norm=norm)
+    assert report.lhs.dtype == report.rhs.dtype == report.tightness.dtype == torch.float64
+    compare(report, ref.inequality(double.model, single.x.double(), single.y, case.loss.row, norm), norm, 1e-4)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("name", ["relu", "tanh", "no_bias", "frozen_bias"])
+def test_the_sum_over_the_outputs(name, norm):
+    model, x, _, _ = cases.find(name).problem()
+    compare(evaluate_inequality(model, x, of="output", norm=norm), ref.inequality(model, x, None, None, norm), norm)
+
+
+@pytest.mark.parametrize("name", ["relu", "tanh", "frozen_weight"])
+def test_any_scalar_of_the_output(name):
+    model, x, y, _ = cases.find(name).problem()
+    expected = ref.inequality(model, x, None, lambda output, target: output[0] - output[1])
+    compare(evaluate_inequality(model, x, of=margin), expected)
+    compare(evaluate_inequality(model, x, y, of=margin), expected)
+
+
+@pytest.mark.parametrize("case", [c for c in cases.LOSS_CASES if c.loss in cases.LOSSES], ids=str)
+def test_every_kind_of_criterion(case):
+    model, x, y, criterion = case.problem()
+    report = evaluate_inequality(model, x, y, criterion=criterion)
+    compare(report, ref.inequality(model, x, y, case.loss.row))
+
+
+@pytest.mark.parametrize("case", cases.FLOAT_INPUT, ids=str)
+def test_the_right_side_counts_all_parameters_of_any_model(case):
+    model, x, y, criterion = case.problem()
+    report = evaluate_inequality(model, x, y, criterion=criterion)
+    ref.assert_close(report.rhs, ref.param_grad_sq_norm(model, x, y, case.loss.row))
+    ref.assert_close(report.input_grad_sq_norm, ref.input_grad_sq_norm(model, x, y, case.loss.row))
+    assert report.holds.all() and report.violations == 0
+    assert (report.tightness <= 1 + 1e-9).all()
+
+
+@pytest.mark.parametrize("name", ["relu", "conv2d", "custom_parameter", "tokens_first"])
+def test_batch_gradient_and_noise(name):
+    case = cases.find(name)
+    model, x, y, criterion = case.problem()
+    report = evaluate_inequality(model, x, y, criterion=criterion)
+    batch = ref.param_grad_sq_norm(model, x, y, case.loss.row, group=cases.B)[0]
+    ref.assert_close(report.batch_grad_sq_norm, batch)
+    ref.assert_close(report.noise_trace, ref.param_grad_sq_norm(model, x, y, case.loss.row).mean() - batch)
+    assert report.noise_trace > 0
+
+
+# ---- what the report says about itself ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("name", ["three_layers", "tanh", "no_bias", "frozen_weight", "frozen_bias"])
+def test_the_parts_add_up(name, norm):
+    model, x, y, _ = cases.find(name).problem()
+    report = evaluate_inequality(model, x, y, norm=norm)
+    ref.assert_close(sum(layer.lhs for layer in report.layers), report.lhs, 1e-12)
+    ref.assert_close(sum(layer.rhs for layer in report.layers), report.rhs, 1e-12)
+    ref.assert_close(report.lhs / report.rhs, report.tightness, 1e-12)
+    for layer in report.layers:
+        ref.assert_close(layer.coefficient * report.input_grad_sq_norm, layer.lhs, 1e-12)
+
+
+@pytest.mark.parametrize("name", ["three_layers", "tanh"])
+def test_the_slack_is_the_tightness_of_a_layer(name):
+    model, x, y, _ = cases.find(name).problem()
+    for layer in evaluate_inequality(model, x, y).layers:
+        assert (layer.slack_product >= 1 - 1e-12).all() and (layer.slack_alignment >= 1 - 1e-12).all()
+        ref.assert_close(1 / (layer.slack_product * layer.slack_alignment).square(), layer.tightness, 1e-9)
+        ref.assert_close(layer.weight_lhs / layer.weight_rhs, layer.tightness, 1e-12)
+        ref.assert_close(layer.bias_lhs / layer.bias_rhs, layer.tightness, 1e-12)
+
+
+def test_slack_may_be_left_out():
+    model, x, y, _ = cases.find("three_layers").problem()
+    with_slack, without = (evaluate_inequality(model, x, y, slack=slack) for slack in (True, False))
+    assert all(layer.slack_product is None and layer.slack_alignment is None for layer in without.layers)
+    ref.assert_close(without.lhs, with_slack.lhs, 1e-13)
+
+
+def test_looser_and_tighter_norms():
+    model, x, y, _ = cases.find("four_layers").problem()
+    tightness = [evaluate_inequality(model, x, y, norm=norm).tightness for norm in ("frobenius", "spectral", "joint")]
+    assert (tightness[0] < tightness[1]).all() and (tightness[1] < tightness[2]).all()
+
+
+def test_the_report_is_ready_for_json():
+    model, x, y, _ = cases.find("no_bias").problem()
+    x[0] = 0  # undefined: both sides are 0
+    report = evaluate_inequality(model, x, y)
+    plain = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert plain["lhs"] == pytest.approx(report.lhs.tolist())
+    assert plain["tightness"][0] is None and plain["undefined"] == 1
+    assert [layer["name"] for layer in plain["layers"]] == ["0", "2"]
+
+
+def test_the_report_reads_like_a_table():
+    model, x, y, _ = cases.find("residual").problem()
+    text = str(evaluate_inequality(model, x, y))
+    for word in ("stem", "head", "inner", "tightness", "violations", "spectral"):
+        assert word in text
+
+
+def test_nothing_of_the_report_hangs_on_a_graph():
+    model, x, y, _ = cases.find("custom_parameter").problem()
+    report = evaluate_inequality(model, x, y)
+    tensors = [report.lhs, report.rhs, report.tightness, report.noise_trace, report.batch_grad_sq_norm]
+    tensors += [value for layer in report.layers for value in vars(layer).values() if isinstance(value, torch.Tensor)]
+    assert not any(tensor.requires_grad for tensor in tensors)
+
+
+# ---- equality, 0/0, scale -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("norm", ["spectral", "joint"])
+@pytest.mark.parametrize("method", ["auto", "dense", "krylov"])
+def test_equality_for_one_dense_layer_with_one_output(method, norm, bias):
+    model, x = nn.Sequential(nn.Linear(7, 1, bias=bias)).double(), torch.randn(4, 7, dtype=torch.float64)
+    report = evaluate_inequality(model, x, of="output", norm=norm, method=method)
+    ref.assert_close(report.tightness, torch.ones(4), 1e-9)
+    assert report.holds.all()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_equality_for_a_chain_of_width_one(depth, norm):
+    model = cases.mlp(*[1] * (depth + 1), activation=nn.Tanh).double()
+    report = evaluate_inequality(model, torch.randn(4, 1, dtype=torch.float64), of="output", norm=norm)
+    ref.assert_close(report.tightness, torch.ones(4), 1e-9)
+
+
+def test_a_dead_network_has_a_left_side_of_zero():
+    model, x, y, _ = cases.find("three_layers").problem()
+    report = evaluate_inequality(dead(model, 0), x, y)
+    assert report.lhs.tolist() == report.tightness.tolist() == [0.0] * 5
+    assert (report.rhs > 0).all() and report.holds.all()
+    assert report.undefined == report.violations == 0
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("method", ["dense", "krylov"])
+def test_undefined_samples_are_counted_and_spoil_no_other(norm, method):
+    model, x, y, _ = cases.find("no_bias").problem()
+    expected = evaluate_inequality(model, x[1:], y[1:], norm=norm, method=method)
+    x[0] = 0
+    report = evaluate_inequality(model, x, y, norm=norm, method=method)
+    assert report.undefined == 1 and report.tightness[0].isnan()
+    assert report.lhs[0] == report.rhs[0] == 0 and report.holds.all()
+    ref.assert_close(report.tightness[1:], expected.tightness, 1e-6)
+    for layer in report.layers:
+        assert torch.isfinite(layer.lhs).all() and torch.isfinite(layer.rhs).all()
+
+
+def test_a_scalar_that_ignores_some_samples():
+    model, x, y, _ = cases.find("tanh").problem()
+    keep = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0], dtype=torch.float64)
+    report = evaluate_inequality(model, x, y, of=lambda output, target: output[:, 0] * keep)
+    expected = evaluate_inequality(model, x, y, of=lambda output, target: output[:, 0])
+    assert report.undefined == 2 and report.tightness.isnan().tolist() == [False, True, False, True, False]
+    ref.assert_close(report.tightness[keep.bool()], expected.tightness[keep.bool()], 1e-12)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e25])
+def test_rescaling_the_loss_in_float32_leaves_the_tightness(scale):
+    model, x, y, _ = cases.find("three_layers").problem(dtype=torch.float32)
+    scaled = lambda output, target: scale * F.cross_entropy(output, target, reduction="none")  # noqa: E731
+    report, expected = evaluate_inequality(model, x, y, criterion=scaled), evaluate_inequality(model, x, y)
+    ref.assert_close(report.tightness, expected.tightness, 1e-5)
+    ref.assert_close(report.rhs, scale**2 * expected.rhs, 1e-5)
+    assert report.undefined == report.violations == 0
+
+
+def test_an_all_but_certain_sample_still_has_a_tightness():
+    model, x, y, _ = cases.find("three_layers").problem(dtype=torch.float32)
+    with torch.no_grad():
+        model[-1].bias.copy_(50.0 * F.one_hot(y[0], 3))
+    report = evaluate_inequality(model, x, y)
+    assert report.rhs[0] < 1e-12
+    assert 0 < report.tightness[0] <= 1 + 1e-5
+
+
+# ---- which layers are in the sum ------------------------------------------------------------------------------------------
+
+IN_THE_SUM = {
+    "relu": (["0", "2"], []),
+    "inplace_relu": (["0", "2"], []),
+    "frozen_weight": (["0", "2"], []),
+    "residual": (["stem", "head"], ["inner"]),
+    "reused": (["head"], ["shared"]),
+    "reused_in_two_kinds": (["head"], ["shared"]),
+    "tied_autoencoder": ([], ["encoder"]),
+    "tied_by_matmul": ([], ["encoder"]),
+    "tokens": (["4"], ["0", "2"]),
+    "tokens_as_batch": (["4"], ["0", "2"]),
+    "tokens_first": ([], ["dense", "norm", "head"]),
+    "flattened_tokens": (["head"], ["dense"]),
+    "reversed_batch": (["head"], ["dense"]),
+    "conv2d": (["3"], ["0"]),
+    "conv2d_pointwise": (["3"], ["0"]),
+    "layer_norm": (["0", "4"], ["1"]),
+    "parametrised": (["2"], ["0"]),
+    "custom_parameter": (["0", "2"], ["1.scale"]),
+    "prelu": (["0", "2"], ["1.weight"]),
+    "positions": (["head"], ["encode", "table"]),
+    "recurrent": (["head"], ["cell.weight_ih"]),
+    "two_ranks_of_one_weight": (["head"], ["dense"]),
+    "two_inputs_dict": (["head"], ["image", "vector", "table"]),
+    "unused_parameter": (["head"], ["idle"]),
+    "attention": (["model.head"], ["model.attention.in_proj_weight"]),
+}
+
+
+@pytest.mark.parametrize("name", IN_THE_SUM)
+def test_only_layers_that_cut_the_graph_are_in_the_sum(name):
+    included, left_out = IN_THE_SUM[name]
+    model, x, y, criterion = cases.find(name).problem()
+    report = evaluate_inequality(model, x, y, criterion=criterion)
+    assert [layer.name for layer in report.layers] == included
+    excluded = {entry.name: entry.reason for entry in report.excluded}
+    for layer in left_out:
+        assert any(key == layer or key.startswith(layer + ".") for key in excluded), f"{layer} not in {excluded}"
+    assert all(excluded.values())
+    assert not set(excluded) & set(included)
+
+
+REASONS = {
+    "residual": ("inner", "around"),
+    "reused": ("shared", "more than once"),
+    "tied_autoencoder": ("encoder", "more than once"),
+    "tokens": ("0", "more than one row"),
+    "conv2d": ("0", "convolution"),
+    "parametrised": ("0", "other parameters"),
+    "unused_parameter": ("idle", "does not depend"),
+}
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_the_reason_is_the_right_one(name):
+    layer, words = REASONS[name]
+    model, x, y, criterion = cases.find(name).problem()
+    reasons = [e.reason for e in evaluate_inequality(model, x, y, criterion=criterion).excluded if layer in e.name]
+    assert any(words in reason for reason in reasons), reasons
+
+
+def test_the_pointwise_convolution_of_the_counterexample():
+    """f = z_1 − z_2 on x = (1, 1): ∇_θ f = 0 while ∇_x f ≠ 0."""
+    conv, x = nn.Conv1d(1, 1, 1).double(), torch.ones(1, 1, 2, dtype=torch.float64)
+    report = evaluate_inequality(conv, x, of=lambda output, target: output[:, 0, 0] - output[:, 0, 1])
+    assert report.input_grad_sq_norm > 0 and report.rhs == 0
+    assert report.layers == [] and len(report.excluded) == 1
+    assert report.lhs == 0 and report.undefined == 1 and report.holds.all()
+
+
+def test_tied_weights_whose_gradients_cancel():
+    """f = w x − w x is 0 in w, but each use alone has a gradient."""
+
+    class Difference(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.dense = nn.Linear(3, 1)
+            self.other = nn.Linear(3, 1)
+
+        def forward(self, x):
+            return self.dense(x) - F.linear(2 * x, self.dense.weight) + 0 * self.other(x)
+
+    report = evaluate_inequality(Difference().double(), torch.randn(4, 3, dtype=torch.float64), of="output")
+    assert report.layers == [] or [layer.name for layer in report.layers] == ["other"]
+    assert report.holds.all()
+
+
+def test_a_residual_block_that_is_off_on_these_samples():
+    """The stem's influence goes round the inner layer only where the inner layer is on."""
+    model, x, y, _ = cases.find("residual").problem()
+    nn.init.zeros_(model.inner.weight)
+    report = evaluate_inequality(model, x, y)
+    assert [layer.name for layer in report.layers] == ["stem", "head"] and report.holds.all()
+
+
+def test_one_sample_that_goes_round_a_layer_is_enough():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(self.first(x).tanh()) + (x[:, :3] * (x[:, 3:] > 1)).sin()
+
+    x = torch.randn(5, 4, dtype=torch.float64).clamp(max=0.5)
+    model, y = Gated().double(), torch.zeros(5, dtype=torch.long)
+    assert [layer.name for layer in evaluate_inequality(model, x, y).layers] == ["first", "head"]
+    x[2, 3] = 2
+    report = evaluate_inequality(model, x, y)
+    assert report.layers == [] and {entry.name for entry in report.excluded} == {"first", "head"}
+
+
+def test_a_layer_that_sees_only_part_of_the_input_is_left_out():
+    class Wide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.deep, self.middle, self.head = nn.Linear(2, 3), nn.Linear(3, 3), nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.head(torch.cat([self.middle(self.deep(x[:, :2]).tanh()).tanh(), x[:, 2:]], 1))
+
+    report = evaluate_inequality(Wide().double(), torch.randn(5, 4, dtype=torch.float64), of="output")
+    assert [layer.name for layer in report.layers] == ["head"] and report.holds.all()
+
+
+def test_a_detached_input_takes_no_part():
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.seen, self.unseen, self.head = nn.Linear(4, 3), nn.Linear(4, 3), nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.head((self.seen(x) * self.unseen(x.detach())).tanh())
+
+    report = evaluate_inequality(Half().double(), torch.randn(5, 4, dtype=torch.float64), of="output")
+    assert "unseen" not in [layer.name for layer in report.layers]
+    assert report.holds.all() and (report.tightness <= 1).all()
+
+
+@pytest.mark.parametrize("name", ["residual", "reused", "conv2d", "tokens", "layer_norm", "attention", "two_inputs_tuple"])
+def test_the_left_side_of_a_model_that_is_no_chain(name):
+    """The head's term, from its own Jacobian by the loop."""
+    case = cases.find(name)
+    model, x, y, criterion = case.problem()
+    report = evaluate_inequality(model, x, y, criterion=criterion)
+    head = model.get_submodule(report.layers[-1].name)
+    captured = []
+    handle = head.register_forward_pre_hook(lambda module, args: captured.append(args[0]))
+    norms = []
+    for i in range(cases.B):
+        row = ref.one_row(x, i)
+        ref.call(model, row)
+        h = captured[-1][0]
+        jacobian = torch.stack([torch.cat([g.flatten() for g in ref.gradients(e, ref.float_tensors(row))]) for e in h])
+        norms.append(ref.spectral_norm(jacobian))
+    handle.remove()
+    expected = torch.tensor(norms, dtype=torch.float64)
+    ref.assert_close(report.layers[-1].jacobian_norm, expected, 1e-8)
+    bottom = (expected * ref.spectral_norm(head.weight)).square()
+    ref.assert_close(report.layers[-1].bias_lhs, report.input_grad_sq_norm / bottom, 1e-8)
+
+
+@pytest.mark.parametrize("wrap", [weight_norm, spectral_norm])
+def test_a_parametrised_weight_has_no_term_of_its_own(wrap):
+    model = nn.Sequential(wrap(nn.Linear(4, 5)), nn.Tanh(), nn.Linear(5, 3)).double().eval()
+    _, x, y, _ = cases.find("relu").problem()
+    report = evaluate_inequality(model, x, y)
+    assert "0" not in [layer.name for layer in report.layers if layer.weight_lhs is not None]
+    assert report.holds.all()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_dropout_in_training_mode_holds_for_its_mask(seed):
+    torch.manual_seed(seed)
+    model = cases.mlp(4, 8, 6, 3, activation=lambda: nn.Sequential(nn.ReLU(), nn.Dropout(0.5))).double()
+    _, x, y, _ = cases.find("relu").problem()
+    report = evaluate_inequality(model, x, y)
+    assert len(report.layers) == 3 and report.holds.all()
+    torch.manual_seed(seed)
+    x = x.clone().requires_grad_()
+    state = torch.get_rng_state()
+    report = evaluate_inequality(model, x, y)
+    torch.set_rng_state(state)
+    losses = F.cross_entropy(model(x), y, reduction="none")
+    expected = torch.stack([ref.sq_norm(ref.gradients(f, [x])) for f in losses])
+    ref.assert_close(report.input_grad_sq_norm, expected)
+
+
+# ---- Krylov brackets at sizes where they are not exact --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", ["spectral", "joint"])
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
+def test_krylov_brackets_hold_the_exact_left_side(activation, norm):
+    model = cases.mlp(90, 80, 70, 10, activation=activation).double()
+    x, y = torch.randn(3, 90, dtype=torch.float64), torch.randint(10, (3,))
+    krylov, dense = (evaluate_inequality(model, x, y, norm=norm, method=method) for method in ("krylov", "dense"))
+    assert (krylov.lhs_lower <= dense.lhs).all() and (dense.lhs <= krylov.lhs_upper * (1 + 1e-9)).all()
+    assert ref.relative_error(krylov.lhs, dense.lhs) < 1e-2
+    assert (krylov.lhs_lower >= 0.75 * krylov.lhs_upper).all()
+    assert (krylov.lhs_lower < krylov.lhs_upper).all()
+    assert krylov.holds.all()
+
+
+def test_a_bracket_never_calls_rounding_a_violation():
+    model = cases.mlp(64, 1, activation=nn.Identity)
+    x = torch.randn(50, 64)
+    for method in ("dense", "krylov"):
+        report = evaluate_inequality(model, x, of="output", method=method)
+        assert report.violations == 0 and math.isclose(report.tightness.mean(), 1, rel_tol=1e-5)

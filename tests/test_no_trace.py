@@ -1,0 +1,185 @@
+"""Evaluating the inequality leaves the model, the data and the random streams exactly as they were."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from typing import Any
+
+import cases
+import numpy as np
+import pytest
+import torch
+from gradpen import evaluate_inequality
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+HOOKS = ["_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks"]
+
+
+class Noisy(nn.Module):
+    """Draws from every random stream, changes a buffer, replaces another one, counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("in_place", torch.zeros(3))
+        self.register_buffer("replaced", torch.zeros(2))
+        self.register_buffer("absent", None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.in_place += 1
+        self.replaced = self.replaced + torch.rand(2) + np.random.rand() + random.random()
+        return x * (1 + 0 * torch.rand_like(x))
+
+
+def failing(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    torch.rand(3), np.random.rand(3), random.random()
+    raise KeyError("midway")
+
+
+def snapshot(model: nn.Module, *tensors: torch.Tensor) -> dict[str, Any]:
+    """Everything that must not change, in a form that compares with ==."""
+    numpy_state = np.random.get_state()
+    return {
+        "training": [module.training for module in model.modules()],
+        "parameters": [(n, id(p), p.requires_grad, p._version, p.tolist()) for n, p in model.named_parameters()],
+        "grad": [None if p.grad is None else (id(p.grad), p.grad.tolist()) for p in model.parameters()],
+        "buffers": [(n, id(b), b.dtype, b.requires_grad, b.tolist()) for n, b in model.named_buffers()],
+        "hooks": [(hook, list(getattr(m, hook))) for m in model.modules() for hook in HOOKS],
+        "attributes": [sorted(vars(module)) for module in model.modules()],
+        "tensors": [(id(t), t.requires_grad, t.grad is None, t._version, t.tolist()) for t in tensors],
+        "torch": torch.get_rng_state().tolist(),
+        "numpy": (numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:]),
+        "python": random.getstate(),
+        "modes": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")),
+        "dtype": torch.get_default_dtype(),
+    }
+
+
+MODELS = {
+    "mlp": lambda: cases.mlp(4, 6, 3),
+    "inplace": lambda: cases.find("inplace_relu").build(),
+    "dropout": lambda: nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.5), nn.Linear(6, 3)),
+    "batch_norm_eval": cases.batch_norm,
+    "batch_norm_train": lambda: cases.batch_norm().train(),  # refused, and just as clean
+    "spectral_norm": lambda: nn.Sequential(spectral_norm(nn.Linear(4, 6)), nn.Tanh(), nn.Linear(6, 3)),
+    "noisy": lambda: nn.Sequential(nn.Linear(4, 6), Noisy(), nn.Linear(6, 3)),
+    "mapped": lambda: cases.mlp_with(cases.Scale(4)),
+    "partly_frozen": lambda: cases.freeze(cases.mlp(4, 6, 3), "0.weight", "2.bias"),
+    "frozen": lambda: cases.mlp(4, 6, 3).requires_grad_(False),  # refused
+    "attention": cases.Attention,  # fused: has no second derivative
+    "gradients_there": lambda: with_gradients(cases.mlp(4, 6, 3)),
+    "modes_mixed": lambda: nn.Sequential(nn.Linear(4, 6).eval(), nn.Dropout(0.5), nn.Linear(6, 3).eval()),
+}
+
+
+def with_gradients(model: nn.Module) -> nn.Module:
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    return model
+
+
+def data(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(5, 5, 4) if name == "attention" else torch.randn(5, 4), torch.randint(3, (5,))
+
+
+@pytest.mark.parametrize("options", [{}, {"criterion": failing}, {"of": "output", "method": "krylov"}, {"norm": "joint"}],
+                         ids=["loss", "criterion_raises", "output_krylov", "joint"])
+@pytest.mark.parametrize("name", MODELS)
+def test_no_trace(name, options):
+    model, (x, y) = MODELS[name](), data(name)
+    before = snapshot(model, x, y)
+    with contextlib.suppress(KeyError, RuntimeError, ValueError):  # also a refusal leaves no trace
+        evaluate_inequality(model, x, y, **options)
+    after = snapshot(model, x, y)
+    for key, value in before.items():
+        assert after[key] == value, key
+
+
+@pytest.mark.parametrize("name", ["mlp", "inplace", "dropout", "noisy", "mapped", "spectral_norm", "batch_norm_eval", "modes_mixed"])
+def test_these_models_are_evaluated_not_refused(name):
+    model, (x, y) = MODELS[name](), data(name)
+    report = evaluate_inequality(model, x, y)
+    assert report.holds.all() and report.rhs.shape == (5,) and len(report.layers) >= 1
+
+
+@pytest.mark.parametrize("name", ["mlp", "dropout", "batch_norm_eval", "spectral_norm", "mapped"])
+def test_within_inference_mode(name):
+    model, (x, y) = MODELS[name](), data(name)
+    model.eval()
+    expected = evaluate_inequality(model, x, y)
+    before = snapshot(model)
+    with torch.inference_mode():
+        inside = x * 1, y * 1
+        report = evaluate_inequality(model, *inside)
+        assert torch.is_inference_mode_enabled() and not torch.is_grad_enabled()
+    assert snapshot(model) == before
+    assert torch.equal(report.lhs, expected.lhs) and torch.equal(report.rhs, expected.rhs)
+
+
+def test_within_inference_mode_when_the_criterion_raises():
+    model, (x, y) = MODELS["noisy"](), data("noisy")
+    before = snapshot(model)
+    with torch.inference_mode():
+        with pytest.raises(KeyError, match="midway"):
+            evaluate_inequality(model, x, y, criterion=failing)
+        assert torch.is_inference_mode_enabled()
+    assert snapshot(model) == before
+
+
+def test_under_no_grad_and_autocast():
+    model, (x, y) = MODELS["mlp"](), data("mlp")
+    expected = evaluate_inequality(model, x, y)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        report = evaluate_inequality(model, x, y)
+        assert not torch.is_grad_enabled() and torch.is_autocast_enabled("cpu")
+    assert torch.equal(report.lhs, expected.lhs) and torch.equal(report.rhs, expected.rhs)
+
+
+def test_a_compiled_model_is_evaluated_as_the_original():
+    model, (x, y) = MODELS["mlp"](), data("mlp")
+    expected = evaluate_inequality(model, x, y)
+    report = evaluate_inequality(torch.compile(model, backend="eager"), x, y)
+    assert torch.equal(report.lhs, expected.lhs)
+
+
+def test_hooks_of_the_users_stay_and_run():
+    model, (x, y) = MODELS["mlp"](), data("mlp")
+    seen = []
+    handle = model[0].register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    evaluate_inequality(model, x, y)
+    assert seen and list(model[0]._forward_hooks) == [handle.id]
+
+
+def train(evaluate: bool) -> tuple[list[list[float]], torch.Tensor]:
+    """A few steps with dropout and momentum; the parameters, and the next random number."""
+    torch.manual_seed(7)
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.3), nn.ReLU(), nn.Linear(6, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(5):
+        x, y = torch.randn(8, 4), torch.randint(3, (8,))
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        if evaluate:
+            model.eval()
+            evaluate_inequality(model, x, y)
+            model.train()
+            with pytest.raises(RuntimeError, match="BatchNorm"):
+                evaluate_inequality(model, x, y)
+        optimizer.step()
+    return [value.tolist() for value in model.state_dict().values()], torch.rand(3)
+
+
+def test_a_run_with_the_evaluation_equals_the_run_without_it_bit_for_bit():
+    (with_it, draw_with), (without, draw_without) = train(True), train(False)
+    assert with_it == without and torch.equal(draw_with, draw_without)
+
+
+def test_between_forward_and_backward():
+    model, (x, y) = MODELS["noisy"](), data("noisy")
+    torch.manual_seed(0)
+    loss = nn.functional.cross_entropy(model(x), y)
+    expected = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+    evaluate_inequality(model, x, y)
+    loss.backward()
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), expected, strict=True))
