@@ -208,14 +208,13 @@ def find_mixed_calls(
     batch_size = f.shape[0]
     if batch_size == 1:
         return frozenset()
-    tensors = [
-        *recording.inputs[: len(gradients.inputs)],
-        *(recording.calls[i].input for i in gradients.deltas),
-    ]
-    layout = tuple(tuple(n == batch_size for n in tensor.shape) for tensor in tensors)
+    calls = [recording.calls[index] for index in gradients.deltas]
+    layout = tuple(call.input.shape[:1] == (batch_size,) for call in calls)
+    ambiguous = any(batch_size in closed_form.position_shape(call) for call in calls)
+    ambiguous |= any(batch_size in gradient.shape[1:-1] for gradient in gradients.inputs)
     known = _mixed_calls.setdefault(model, {})
     key = (model.training, len(gradients.inputs), layout, _code_of(scalar))
-    if key in known:
+    if key in known and not ambiguous:  # as many positions as samples: they could have changed places
         return known[key]
     check_scalar_rows(f, recording.output)
     factors = _row_factors(f)
