@@ -44,8 +44,7 @@ def check_model(model: object) -> None:
     """An nn.Module; anything else has no parameters to look at."""
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"expected an nn.Module as model, got {type(model).__name__}: the order of the arguments is "
-            "(model, x, y)"
+            f"expected an nn.Module as model, got {type(model).__name__}: the order of the arguments is (model, x, y)"
         )
 
 
@@ -78,9 +77,7 @@ def check_not_compiled(model: nn.Module, method: str) -> None:
 def check_no_batch_statistics(model: nn.Module, quantity: str) -> None:
     """BatchNorm that normalises with the batch's own statistics makes f_i depend on the other samples."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (
-            module.training or module.running_mean is None
-        ):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
             reason = "in training mode" if module.training else "without running statistics"
             raise RuntimeError(
                 f"{quantity} is defined sample by sample, but layer {name!r} ({type(module).__name__} {reason}) "

@@ -43,7 +43,7 @@ def walk_graph(root: Tensor, stop_at: Collection[Any] = ()) -> GraphWalk:
                 continue
             users[parent] += 1
             if type(parent).__name__ == "AccumulateGrad":
-                leaf = parent.variable
+                leaf: Tensor = getattr(parent, "variable")  # absent from the type stubs
                 leaves[id(leaf)] = leaf
                 leaf_users.append((id(leaf), node))
                 nodes.add(parent)

@@ -37,7 +37,7 @@ class Rows(NamedTuple):
     """A group's gradient of a table as rows δ_p added at index_p."""
 
     delta: Tensor  # (groups, positions, width)
-    index: Tensor  # (groups, positions)
+    lookup: Tensor  # (groups, positions): which row
 
 
 class Dense(NamedTuple):
@@ -51,9 +51,7 @@ Contribution = Outer | Rows | Dense
 
 def has_closed_form(call: Call, batch_size: int) -> bool:
     """Whether the call is of a kind known here and dimension 0 of what it saw has the batch's size."""
-    leading = (
-        call.input.dim() > 0 and call.input.shape[0] == batch_size and call.output_shape[0] == batch_size
-    )
+    leading = call.input.dim() > 0 and call.input.shape[0] == batch_size and call.output_shape[0] == batch_size
     match call.op:
         case "linear" | "embedding" | "group_norm":
             return leading
@@ -89,9 +87,7 @@ def contribution(call: Call, role: str, delta: Tensor, group_size: int) -> Contr
     h = call.checked_input()
     match call.op:
         case "linear":
-            return Outer(
-                _grouped_positions(delta, group_size), _grouped_positions(at_least_float32(h), group_size)
-            )
+            return Outer(_grouped_positions(delta, group_size), _grouped_positions(at_least_float32(h), group_size))
         case "conv":
             return _conv_weight(call, at_least_float32(h), delta, group_size)
         case "embedding":
@@ -102,9 +98,7 @@ def contribution(call: Call, role: str, delta: Tensor, group_size: int) -> Contr
             terms = (delta * normalized).reshape(delta.shape[0], -1, *shape)
             return Dense(_grouped_sum(terms.sum(1), group_size))
         case "group_norm":
-            normalized = F.group_norm(
-                at_least_float32(h), call.options["num_groups"], eps=call.options["eps"]
-            )
+            normalized = F.group_norm(at_least_float32(h), call.options["num_groups"], eps=call.options["eps"])
             terms = (delta * normalized).reshape(*delta.shape[:2], -1)
             return Dense(_grouped_sum(terms.sum(2), group_size))
     raise AssertionError(f"no closed form for {call.op}")
@@ -136,7 +130,7 @@ def group_sq_norm(contributions: Sequence[Contribution]) -> Tensor:
         return row_sq_norm(sum_tensors([c.value for c in contributions if isinstance(c, Dense)]))
     if isinstance(first, Rows):
         rows = [c for c in contributions if isinstance(c, Rows)]
-        return _rows_sq_norm(torch.cat([c.delta for c in rows], 1), torch.cat([c.index for c in rows], 1))
+        return _rows_sq_norm(torch.cat([c.delta for c in rows], 1), torch.cat([c.lookup for c in rows], 1))
     outers = [c for c in contributions if isinstance(c, Outer)]
     return _outer_sq_norm(torch.cat([c.delta for c in outers], 2), torch.cat([c.input for c in outers], 2))
 
@@ -199,9 +193,7 @@ def _conv_weight(call: Call, h: Tensor, delta: Tensor, group_size: int) -> Outer
     if rank == 1:  # unfold is two-dimensional
         h, kernel = h.unsqueeze(2), torch.Size((1, *kernel))
         stride, dilation = (1, *stride), (1, *dilation)
-    patches = F.unfold(
-        h, tuple(kernel), dilation=dilation, stride=stride
-    )  # (B, in/block · blocks · kernel, pixels)
+    patches = F.unfold(h, tuple(kernel), dilation=dilation, stride=stride)  # (B, in/block · blocks · kernel, pixels)
     blocks, groups = call.options["groups"], h.shape[0] // group_size
 
     def by_block(tensor: Tensor) -> Tensor:  # (B, blocks · n, pixels) → (groups, blocks, samples · pixels, n)

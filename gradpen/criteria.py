@@ -38,10 +38,8 @@ class Criterion:
             return scalar_per_sample(self.source, output, target)
         _checks.check_batch_sizes(output, target)
         if isinstance(self.source, nn.Module):
-            unreduced = copy.copy(
-                self.source
-            )  # shares parameters and buffers, leaves the user's module alone
-            unreduced.reduction = "none"
+            unreduced = copy.copy(self.source)  # shares parameters and buffers, leaves the user's module alone
+            setattr(unreduced, "reduction", "none")  # modules declare no attributes
             values = unreduced(output, target)
         else:
             values = self.source(output, target, reduction="none")

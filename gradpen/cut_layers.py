@@ -38,9 +38,7 @@ def layers_in_sum(
     excluded: dict[str, str] = {}
     for index in sides.deltas[0]:
         call = recording.calls[index]
-        owner = next(
-            (names[id(p)] for p in (call.weight, call.bias) if p is not None and id(p) in names), None
-        )
+        owner = next((names[id(p)] for p in (call.weight, call.bias) if p is not None and id(p) in names), None)
         name = f"{call.op} call {index}" if owner is None else owner.rpartition(".")[0] or owner
         reason = _reason_to_exclude(call, index, names, recording, sides, walk.leaf_edges)
         if reason is not None:
@@ -53,15 +51,22 @@ def layers_in_sum(
                 for scale, delta in zip(sides.scales, sides.deltas, strict=True)
             ]
         )
-        counts = [p is not None and p.requires_grad for p in (call.weight, call.bias)]
-        layers.append(CutLayer(name, index, call, call.weight.detach(), *counts, delta_sq_norms))
+        layers.append(
+            CutLayer(
+                name=name,
+                index=index,
+                call=call,
+                weight=call.weight.detach(),
+                counts_weight=call.weight.requires_grad,
+                counts_bias=call.bias is not None and call.bias.requires_grad,
+                delta_sq_norms=delta_sq_norms,
+            )
+        )
     seen = {id(p) for index in sides.deltas[0] for p in recording.calls[index][2:4]}
     for name, parameter in parameters.items():
         if id(parameter) not in seen:
             used = walk.leaf_edges[id(parameter)] > 0
-            excluded[name] = (
-                "it is no weight or bias of a dense layer" if used else "the output does not depend on it"
-            )
+            excluded[name] = "it is no weight or bias of a dense layer" if used else "the output does not depend on it"
     return layers, [ExcludedLayer(name, reason) for name, reason in excluded.items()]
 
 
@@ -89,9 +94,7 @@ def _reason_to_exclude(
     if not trainable:
         return "its weight and bias are frozen, so it has no term on either side"
     if any(edges[id(p)] > 1 for p in trainable):
-        return (
-            "its weight or bias is used more than once, so their gradients are sums in which terms can cancel"
-        )
+        return "its weight or bias is used more than once, so their gradients are sums in which terms can cancel"
     if not call.input.requires_grad:
         return "its input does not depend on x"
     if not _cuts_graph(call, index, recording, sides):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -133,23 +134,17 @@ def _jacobian_sq_norm(recording: Recording, term: InputTerm) -> Tensor:
     _checks.check_input_rows(recording.inputs, output.shape[0])
     if term.method == "exact":
         return gradients.jacobian_sq_norm(output, recording.inputs)
-    return gradients.projected_jacobian_sq_norm(
-        output, recording.inputs, term.num_projections, term.generator
-    )
+    return gradients.projected_jacobian_sq_norm(output, recording.inputs, term.num_projections, term.generator)
 
 
-def _param_norms(
-    forward: _Pass, scalar: _ScalarGradients, term: ParamTerm, criterion: Criterion, y: Any
-) -> GroupNorms:
+def _param_norms(forward: _Pass, scalar: _ScalarGradients, term: ParamTerm, criterion: Criterion, y: Any) -> GroupNorms:
     parameters = select_parameters(forward.model, term.parameters)
     f = scalar.f
     group_size = term.group_size(f.shape[0])
     starts = torch.arange(0, f.shape[0], group_size, device=f.device)
     sizes = (f.shape[0] - starts).clamp(max=group_size).to(f.dtype)
     if term.method == "finite_difference":
-        return GroupNorms(
-            _finite_difference_norms(forward, scalar, term, criterion, y, parameters).square(), sizes
-        )
+        return GroupNorms(_finite_difference_norms(forward, scalar, term, criterion, y, parameters).square(), sizes)
     if term.over == "batch":
         return GroupNorms(gradients.batch_param_sq_norm(f, list(parameters.values())), sizes)
     sq_norms = gradients.param_sq_norm(
@@ -182,8 +177,8 @@ def _finite_difference_norms(
     else:
         groups = []
         for start in range(0, batch_size, group_size):
-            rows = slice(start, start + group_size)
-            x_rows, y_rows = (map_tensors(value, lambda t, rows=rows: t[rows]) for value in (forward.x, y))
+            take_rows = itemgetter(slice(start, start + group_size))
+            x_rows, y_rows = map_tensors(forward.x, take_rows), map_tensors(y, take_rows)
             rng, function = RngState.capture(), term.scalar(criterion, y_rows)
             groups.append((x_rows, function(call_with(model, {}, x_rows)), function, rng))
     norms = [

@@ -103,9 +103,7 @@ def param_norm(
     return _norm_with_gradient(norm, _difference_quotient(displaced, replayed, scheme, step))
 
 
-def _difference_quotient(
-    displaced: Callable[[float], Tensor], here: Tensor, scheme: str, step: float
-) -> Tensor:
+def _difference_quotient(displaced: Callable[[float], Tensor], here: Tensor, scheme: str, step: float) -> Tensor:
     match scheme:
         case "forward":
             return (displaced(step) - here) / step
@@ -144,5 +142,5 @@ class _Replay(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, *(gradient * grad_output for gradient in ctx.gradients)

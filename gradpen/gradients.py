@@ -50,9 +50,7 @@ def sample_gradients(
     wanted += [call.output for call in recording.calls] if deltas else []
     if not wanted:
         return SampleGradients([], {})
-    gradients = torch.autograd.grad(
-        f.sum(), wanted, create_graph=create_graph, retain_graph=True, allow_unused=True
-    )
+    gradients = torch.autograd.grad(f.sum(), wanted, create_graph=create_graph, retain_graph=True, allow_unused=True)
     input_count = len(recording.inputs) if inputs else 0
     input_gradients = gradients[:input_count]
     if inputs:
@@ -76,9 +74,7 @@ def jacobian_sq_norm(output: Tensor, inputs: Sequence[Tensor]) -> Tensor:
     _check_differentiable(output)
     rows = output.reshape(output.shape[0], -1)
     outputs = rows.shape[1]
-    basis = (
-        torch.eye(outputs, dtype=rows.dtype, device=rows.device).unsqueeze(1).expand(-1, rows.shape[0], -1)
-    )
+    basis = torch.eye(outputs, dtype=rows.dtype, device=rows.device).unsqueeze(1).expand(-1, rows.shape[0], -1)
     gradients = torch.autograd.grad(
         rows, list(inputs), basis, create_graph=True, is_grads_batched=True, allow_unused=True
     )
@@ -233,9 +229,7 @@ def find_mixed_calls(
                 "single samples is not defined"
             )
     mixed = frozenset(
-        index
-        for index, delta in gradients.deltas.items()
-        if not rows_scaled(delta, scaled.deltas[index], factors)
+        index for index, delta in gradients.deltas.items() if not rows_scaled(delta, scaled.deltas[index], factors)
     )
     if all(bool(gradient.any()) for gradient in (*gradients.inputs, *gradients.deltas.values())):
         known[key] = mixed  # a gradient that is zero throughout proves nothing about the next batch
@@ -313,9 +307,7 @@ def _closed_sq_norm(
             with full_precision(device):
                 sq_norms = _plan_sq_norms(calls, deltas, plan, size)
             parts.append(
-                sum_tensors(sq_norms) / size**2
-                if sq_norms
-                else torch.zeros((stop - start) // size, device=device)
+                sum_tensors(sq_norms) / size**2 if sq_norms else torch.zeros((stop - start) // size, device=device)
             )
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -392,7 +384,10 @@ def _mapped_sq_norm(
     mapped_f = scalar(output)
     _check_same_values(f, mapped_f, list(parameters))
     gradients = torch.autograd.grad(
-        (mapped_f / sizes[group_of]).sum(), list(copies.values()), create_graph=create_graph, allow_unused=True
+        (mapped_f / sizes[group_of]).sum(),
+        list(copies.values()),
+        create_graph=create_graph,
+        allow_unused=True,
     )
     return sum_tensors([row_sq_norm(gradient) for gradient in gradients if gradient is not None])
 
@@ -402,7 +397,11 @@ def _looped_sq_norm(f: Tensor, parameters: Sequence[Tensor], group_of: Tensor, c
     norms = []
     for group in group_of.unique().tolist():
         gradients = torch.autograd.grad(
-            f[group_of == group].mean(), parameters, create_graph=create_graph, retain_graph=True, allow_unused=True
+            f[group_of == group].mean(),
+            parameters,
+            create_graph=create_graph,
+            retain_graph=True,
+            allow_unused=True,
         )
         norms.append(total_sq_norm([gradient for gradient in gradients if gradient is not None]))
     return torch.stack(norms)

@@ -69,7 +69,7 @@ def layer_values(layer: LayerTerms) -> dict[str, float]:
 
 def flat_metrics(rows: Iterable[Row], prefix: str = "bound") -> dict[str, float]:
     """The rows of one check as ``bound/lhs``, …, ``bound/<layer>/coefficient``, … for a logger."""
-    metrics = {}
+    metrics: dict[str, float] = {}
     for row in rows:
         path = prefix if row["layer"] == ALL_LAYERS else f"{prefix}/{row['layer']}"
         metrics |= {

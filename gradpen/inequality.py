@@ -113,17 +113,17 @@ def _assemble(
     of: str,
 ) -> InequalityReport:
     terms = [_layer_terms(layer, found, sides, settings) for layer, found in zip(layers, norms, strict=True)]
-    lhs = {end: torch.zeros_like(sides.input_sq_norm) for end in ("lower", "upper")}
-    for layer, found in zip(layers, norms, strict=True):
-        for end in lhs:
-            lhs[end] = lhs[end] + sides.input_sq_norm * _coefficient(layer, found, settings.norm, end)
+    zeros = torch.zeros_like(sides.input_sq_norm)
+    pairs = list(zip(layers, norms, strict=True))
+    lhs_lower = sides.input_sq_norm * sum([_coefficient(layer, n.denominator.upper) for layer, n in pairs], zeros)
+    lhs_upper = sides.input_sq_norm * sum([_coefficient(layer, n.denominator.lower) for layer, n in pairs], zeros)
     allowance = torch.finfo(layers[0].weight.dtype).eps ** 0.5 if layers else 0.0
     return InequalityReport(
-        lhs=lhs["lower"],  # Ritz values are accurate to many more digits than the bracket is narrow
+        lhs=lhs_upper,  # Ritz values are accurate to many more digits than the bracket is narrow
         rhs=sides.param_sq_norm,
-        lhs_lower=lhs["upper"],
-        lhs_upper=lhs["lower"],
-        holds=lhs["upper"] <= sides.param_sq_norm * (1 + allowance),
+        lhs_lower=lhs_lower,
+        lhs_upper=lhs_upper,
+        holds=lhs_lower <= sides.param_sq_norm * (1 + allowance),
         input_grad_sq_norm=sides.input_sq_norm,
         param_grad_sq_norm=sides.param_sq_norm,
         batch_grad_sq_norm=sides.batch_sq_norm,
@@ -137,7 +137,7 @@ def _assemble(
 
 def _layer_terms(layer: CutLayer, norms: LayerNorms, sides: Sides, settings: NormSettings) -> LayerTerms:
     h_sq_norm = row_sq_norm(widest_float(layer.call.input.detach()))
-    inverse = divide_or_zero(torch.ones_like(h_sq_norm), norms.denominator(settings.norm, "lower") ** 2)
+    inverse = divide_or_zero(torch.ones_like(h_sq_norm), norms.denominator.lower**2)
     product = None if norms.product is None else norms.product.lower
     slack_product = slack_alignment = None
     if product is not None and settings.slack:
@@ -150,7 +150,7 @@ def _layer_terms(layer: CutLayer, norms: LayerNorms, sides: Sides, settings: Nor
         weight_rhs=layer.delta_sq_norms * h_sq_norm if layer.counts_weight else None,
         bias_lhs=sides.input_sq_norm * inverse if layer.counts_bias else None,
         bias_rhs=layer.delta_sq_norms if layer.counts_bias else None,
-        coefficient=_coefficient(layer, norms, settings.norm, "lower"),
+        coefficient=_coefficient(layer, norms.denominator.lower),
         input_sq_norm=h_sq_norm,
         weight_norm=None if norms.weight is None else norms.weight.lower,
         jacobian_norm=None if norms.jacobian is None else norms.jacobian.lower,
@@ -161,11 +161,11 @@ def _layer_terms(layer: CutLayer, norms: LayerNorms, sides: Sides, settings: Nor
     )
 
 
-def _coefficient(layer: CutLayer, norms: LayerNorms, norm: str, end: str) -> Tensor:
+def _coefficient(layer: CutLayer, denominator: Tensor) -> Tensor:
     """(1 + ‖h‖²)/(‖W‖²‖J‖²) with the terms that count; 0 for a dead layer: (B,)."""
     h_sq_norm = row_sq_norm(widest_float(layer.call.input.detach()))
     counted = h_sq_norm * layer.counts_weight + float(layer.counts_bias)
-    return divide_or_zero(counted, norms.denominator(norm, end) ** 2)
+    return divide_or_zero(counted, denominator**2)
 
 
 def _original_module(model: nn.Module) -> nn.Module:

@@ -51,9 +51,7 @@ class JacobianOperator:
         if self.is_identity:
             gram_matrix = weight @ weight.T
             return JacobianOperator(lambda u: u @ gram_matrix, lambda u: u @ weight, template, shared=weight)
-        return JacobianOperator(
-            lambda u: self.gram(u @ weight) @ weight.T, lambda u: self.vjp(u @ weight), template
-        )
+        return JacobianOperator(lambda u: self.gram(u @ weight) @ weight.T, lambda u: self.vjp(u @ weight), template)
 
     def times_diagonal(self, diagonal: Tensor) -> JacobianOperator:
         """D J for diagonals (B, n)."""

@@ -30,23 +30,12 @@ class NormSettings:
 
 @dataclass(frozen=True)
 class LayerNorms:
-    """Brackets of one layer, (B,); `weight` is 0-dim."""
+    """Norms of one layer; `weight` is 0-dim, the others are (B,)."""
 
+    denominator: Bracket  # ‖W‖‖J‖, or ‖W J‖ for the joint norm
     weight: Bracket | None
     jacobian: Bracket | None
-    product: Bracket | None
-
-    def denominator(self, norm: str, end: str) -> Tensor:
-        """‖W‖‖J‖, or ‖W J‖ for the joint norm, from the lower or upper ends: (B,)."""
-        if norm == "joint":
-            assert self.product is not None
-            return _end(self.product, end)
-        assert self.weight is not None and self.jacobian is not None
-        return _end(self.weight, end) * _end(self.jacobian, end)
-
-
-def _end(bracket: Bracket, end: str) -> Tensor:
-    return bracket.lower if end == "lower" else bracket.upper
+    product: Bracket | None  # ‖W J‖
 
 
 def jacobian_operators(recording: Recording, layers: Sequence[CutLayer]) -> list[jacobians.JacobianOperator]:
@@ -59,9 +48,7 @@ def jacobian_operators(recording: Recording, layers: Sequence[CutLayer]) -> list
         chained = None
         if position > 0:
             before = layers[position - 1]
-            chained = jacobians.chained_jacobian(
-                h, operators[-1], before.call.output, before.weight, reference
-            )
+            chained = jacobians.chained_jacobian(h, operators[-1], before.call.output, before.weight, reference)
         elif jacobians.is_identity(reference, columns):
             chained = jacobians.JacobianOperator.identity(h.detach())
         operators.append(reference if chained is None else chained)
@@ -71,23 +58,28 @@ def jacobian_operators(recording: Recording, layers: Sequence[CutLayer]) -> list
 def layer_norms(
     layers: Sequence[CutLayer], operators: Sequence[jacobians.JacobianOperator], settings: NormSettings
 ) -> list[LayerNorms]:
+    """All norms that the settings ask for; the failure probability is shared by all brackets."""
     batch_size = len(layers[0].call.input) if layers else 0
     brackets = max(len(layers) * (2 * batch_size + 1), 1)  # at most: ‖J‖ and ‖W J‖ of every sample, and ‖W‖
     delta = settings.delta / brackets
-    found = []
-    for layer, operator in zip(layers, operators, strict=True):
-        product = None
-        if settings.norm == "joint" or settings.slack:
-            product = _operator_norm(operator.times_weight(layer.weight), settings, delta)
-        weight = jacobian = None
-        if settings.norm == "frobenius":
-            weight = spectral.exact_bracket(widest_float(layer.weight).square().sum().sqrt())
-            jacobian = spectral.exact_bracket(operator.sq_frobenius_norm().sqrt())
-        elif settings.norm == "spectral" or settings.slack:
-            weight = _matrix_norm(layer.weight, settings, delta)
-            jacobian = _operator_norm(operator, settings, delta)
-        found.append(LayerNorms(weight, jacobian, product))
-    return found
+    return [_norms(layer, operator, settings, delta) for layer, operator in zip(layers, operators, strict=True)]
+
+
+def _norms(layer: CutLayer, operator: jacobians.JacobianOperator, settings: NormSettings, delta: float) -> LayerNorms:
+    product = None
+    if settings.norm == "joint" or settings.slack:
+        product = _operator_norm(operator.times_weight(layer.weight), settings, delta)
+    if product is not None and settings.norm == "joint" and not settings.slack:
+        return LayerNorms(product, None, None, product)
+    if settings.norm == "frobenius":
+        weight = spectral.exact_bracket(widest_float(layer.weight).square().sum().sqrt())
+        jacobian = spectral.exact_bracket(operator.sq_frobenius_norm().sqrt())
+    else:
+        weight = _matrix_norm(layer.weight, settings, delta)
+        jacobian = _operator_norm(operator, settings, delta)
+    apart = Bracket(weight.lower * jacobian.lower, weight.upper * jacobian.upper)
+    denominator = apart if product is None or settings.norm != "joint" else product
+    return LayerNorms(denominator, weight, jacobian, product)
 
 
 def _operator_norm(operator: jacobians.JacobianOperator, settings: NormSettings, delta: float) -> Bracket:

@@ -92,9 +92,7 @@ class GradPenalty(nn.Module):
 
     def extra_repr(self) -> str:
         """The settings, as the constructor takes them."""
-        return (
-            f"weight={self.weight}, {self.term}, squared={self.squared}, every_n_steps={self.every_n_steps}"
-        )
+        return f"weight={self.weight}, {self.term}, squared={self.squared}, every_n_steps={self.every_n_steps}"
 
 
 class InputGradPenalty(GradPenalty):
@@ -159,9 +157,7 @@ class InputGradPenalty(GradPenalty):
         if target is not None and not target >= 0:
             raise ValueError(f"target must be a norm >= 0 or None, got {target}")
         if one_sided and target is None:
-            raise ValueError(
-                "one_sided=True penalises norms above a target, so it expects target=…, got None"
-            )
+            raise ValueError("one_sided=True penalises norms above a target, so it expects target=…, got None")
         self.term = InputTerm(of, method, num_projections, scheme, step, generator)
         self.target = target
         self.one_sided = one_sided
@@ -308,14 +304,9 @@ class PenalizedLoss(nn.Module):
         """
         penalties = [penalty for penalty in self.penalties if isinstance(penalty, GradPenalty)]
         factors = [penalty.advance(model) for penalty in penalties]
-        due = [
-            (penalty, factor)
-            for penalty, factor in zip(penalties, factors, strict=True)
-            if factor is not None
-        ]
+        due = [(penalty, factor) for penalty, factor in zip(penalties, factors, strict=True) if factor is not None]
         terms = [
-            (penalty.term, self._criterion if penalty.criterion is None else penalty._criterion)
-            for penalty, _ in due
+            (penalty.term, self._criterion if penalty.criterion is None else penalty._criterion) for penalty, _ in due
         ]
         evaluation = evaluate_terms(model, x, y, terms)
         data_loss = self._criterion.data_loss(evaluation.output, y)

@@ -124,9 +124,7 @@ class InequalityReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as numbers, strings and lists, ready for ``json.dumps``; NaN becomes None."""
-        plain = {
-            field.name: _plain(getattr(self, field.name)) for field in fields(self) if field.name != "layers"
-        }
+        plain = {field.name: _plain(getattr(self, field.name)) for field in fields(self) if field.name != "layers"}
         derived = ("tightness", "violations", "undefined", "noise_trace")
         plain |= {name: _plain(getattr(self, name)) for name in derived}
         plain["excluded"] = [layer._asdict() for layer in self.excluded]
@@ -206,9 +204,7 @@ def _spread(values: Tensor) -> str:
 
 def _table(rows: list[tuple[str, ...]]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _plain(value: Any) -> Any:

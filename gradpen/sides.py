@@ -40,15 +40,11 @@ def output_cotangents(
 ) -> Cotangents:
     """∂f/∂output, normalised sample by sample, so that tiny losses keep a tightness; or the basis for of="output"."""
     if not isinstance(output, Tensor) or output.dim() == 0:
-        raise TypeError(
-            f"expected the model to return one tensor of shape (B, …), got {type(output).__name__}"
-        )
+        raise TypeError(f"expected the model to return one tensor of shape (B, …), got {type(output).__name__}")
     if of == "output":
         outputs = output[0].numel()
         ones = widest_float(output.detach().new_ones(output.shape[0]))
-        basis = torch.eye(outputs, dtype=output.dtype, device=output.device).reshape(
-            outputs, 1, *output.shape[1:]
-        )
+        basis = torch.eye(outputs, dtype=output.dtype, device=output.device).reshape(outputs, 1, *output.shape[1:])
         return Cotangents([unit.expand_as(output) for unit in basis], [ones] * outputs)
     leaf = output.detach().requires_grad_()
     f = scalar_per_sample(of, leaf, y) if callable(of) else as_criterion(criterion).per_sample(leaf, y)
@@ -71,6 +67,7 @@ def both_sides(
     parameters: Mapping[str, Tensor],
     rng: RngState,
 ) -> Sides:
+    """Differentiate along every direction, and square with the scales put back."""
     output: Tensor = recording.output
     batch_size = output.shape[0]
     input_gradients, deltas = [], []
@@ -98,6 +95,4 @@ def both_sides(
         )
         used = [widest_float(gradient) for gradient in mean_gradients if gradient is not None]
         batch_sq_norm = batch_sq_norm + (total_sq_norm(used) if used else 0.0)
-    return Sides(
-        input_gradients, deltas, cotangents.scales, input_sq_norm, param_sq_norm, batch_sq_norm, mixed
-    )
+    return Sides(input_gradients, deltas, cotangents.scales, input_sq_norm, param_sq_norm, batch_sq_norm, mixed)

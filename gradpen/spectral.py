@@ -9,7 +9,7 @@ Lanczos recurrence started at q:
 
     p_0 = 1,   β_{j+1} p_{j+1}(μ) = (μ − α_{j+1}) p_j(μ) − β_j p_{j−1}(μ).
 
-An eigenvalue μ of A carries the weight ⟨q, v⟩² of q in its eigenvector v, which is at most the Christoffel number 1/K(μ) with
+An eigenvalue μ of A carries the weight ⟨q, v⟩² of q in its eigenvector v, at most the Christoffel number 1/K(μ), with
 K(μ) = Σ_{j=0..k} p_j(μ)². For a uniform start the weight is Beta(1/2, (n−1)/2) distributed, so it is below
 t = (δ B(1/2, (n−1)/2) / 2)² with probability at most δ. K increases beyond the largest Ritz value: the root of K(μ) = 1/t is
 above the largest eigenvalue with probability 1 − δ, whatever the spectrum.
@@ -101,16 +101,16 @@ def lanczos_bracket(
             w = _orthogonalized(w, torch.stack(basis, 1))
         beta = torch.linalg.vector_norm(w, dim=1)
         size = torch.maximum(size, alpha.abs() + beta)
-        beta = torch.where(beta > exhausted * size, beta, 0.0)  # what is left is rounding: the Krylov space is exhausted
+        beta = torch.where(
+            beta > exhausted * size, beta, 0.0
+        )  # what is left is rounding: the Krylov space is exhausted
         alphas[:, step], betas[:, step] = alpha, beta
         before, q = q, divide_or_zero(w, beta.unsqueeze(1))
         if reorthogonalize:
             basis.append(q)
         steps = step + 1
-        if steps == next_check or steps == max_steps:
-            bracket, point = _bracket_of_recurrence(
-                alphas[:, :steps], betas[:, :steps], log_weight, point, start.dtype
-            )
+        if steps in (next_check, max_steps):
+            bracket, point = _bracket_of_recurrence(alphas[:, :steps], betas[:, :steps], log_weight, point, start.dtype)
             if bool((bracket.width <= rtol).all()):
                 break
             next_check += max(steps // 4, 2)
@@ -189,7 +189,10 @@ def _log_christoffel(alphas: Tensor, betas: Tensor, mu: Tensor, negligible: Tens
     for j in range(alphas.shape[1]):
         if j > 0:
             before = betas[:, j - 1] / ratio
-            ratio, dratio = (shifted[:, j] - before) / betas[:, j], (1 + before / ratio * dratio) / betas[:, j]
+            ratio, dratio = (
+                (shifted[:, j] - before) / betas[:, j],
+                (1 + before / ratio * dratio) / betas[:, j],
+            )
         log_ps.append(log_ps[-1] + ratio.log())
         dlog_ps.append(dlog_ps[-1] + dratio / ratio)
     log_squares = 2 * torch.stack(log_ps)

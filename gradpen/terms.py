@@ -104,9 +104,7 @@ def select_parameters(model: nn.Module, which: ParameterFilter | None) -> dict[s
         chosen = {name: p for name, p in trainable.items() if which(name, p)}
     else:
         patterns = [which] if isinstance(which, str) else list(which)
-        chosen = {
-            name: p for name, p in trainable.items() if any(fnmatch(name, pattern) for pattern in patterns)
-        }
+        chosen = {name: p for name, p in trainable.items() if any(fnmatch(name, pattern) for pattern in patterns)}
     if not chosen:
         raise ValueError(f"parameters={which!r} selects none of {', '.join(trainable)}")
     return chosen

@@ -44,7 +44,9 @@ def cross_entropy_row(
     if int(target) == ignore:
         return 0.0 * output.sum()
     largest = output.max().detach()  # or exp overflows
-    nll = ((output - largest).exp().sum().log() + largest - output) * (torch.ones_like(output) if weight is None else weight.to(output))
+    nll = ((output - largest).exp().sum().log() + largest - output) * (
+        torch.ones_like(output) if weight is None else weight.to(output)
+    )
     return (1 - smoothing) * nll[target] + smoothing * nll.mean()
 
 
@@ -99,13 +101,28 @@ LOSSES = [
     Loss("mse_none", nn.MSELoss(reduction="none"), squared_error_row, "like_output"),
     Loss("bce_with_logits", F.binary_cross_entropy_with_logits, binary_cross_entropy_row, "like_output"),
     Loss("bce_with_logits_module", nn.BCEWithLogitsLoss(), binary_cross_entropy_row, "like_output"),
-    Loss("own_without_reduction", lambda o, t: (o - t).pow(4).sum(1), lambda o, t: (o - t).pow(4).sum(), "like_output"),
+    Loss(
+        "own_without_reduction",
+        lambda o, t: (o - t).pow(4).sum(1),
+        lambda o, t: (o - t).pow(4).sum(),
+        "like_output",
+    ),
 ]
 POSITION_LOSSES = [
     POSITION_CROSS_ENTROPY,
-    Loss("cross_entropy_ignore", partial(F.cross_entropy, ignore_index=1), partial(cross_entropy_row, ignore=1), "classes"),
+    Loss(
+        "cross_entropy_ignore",
+        partial(F.cross_entropy, ignore_index=1),
+        partial(cross_entropy_row, ignore=1),
+        "classes",
+    ),
     Loss("mse_positions", F.mse_loss, squared_error_row, "like_output"),
-    Loss("mse_sum_positions", nn.MSELoss(reduction="sum"), partial(squared_error_row, mean=False), "like_output"),
+    Loss(
+        "mse_sum_positions",
+        nn.MSELoss(reduction="sum"),
+        partial(squared_error_row, mean=False),
+        "like_output",
+    ),
 ]
 
 
@@ -555,23 +572,44 @@ CONV = [
     Case("conv2d_wide", lambda: conv(nn.Conv2d(4, 8, 3)), normal(4, 4, 4)),  # Gram matrices between pixels are smaller
     Case("conv1d_wide_groups", lambda: conv(nn.Conv1d(8, 12, 3, groups=2)), normal(8, 4)),
     Case("conv1d_valid", lambda: conv(nn.Conv1d(2, 3, 3, padding="valid")), normal(2, 5)),
-    Case("conv_stack", lambda: conv(nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Conv2d(3, 2, 2))), normal(1, 5, 5)),
+    Case(
+        "conv_stack",
+        lambda: conv(nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Conv2d(3, 2, 2))),
+        normal(1, 5, 5),
+    ),
     Case("conv_transpose", lambda: conv(nn.ConvTranspose1d(2, 3, 3)), normal(2, 4)),
     Case("conv3d", lambda: conv(nn.Conv3d(1, 2, 2)), normal(1, 3, 3, 3)),
 ]
 TOKENS = [
     Case("tokens", lambda: nn.Sequential(*mlp(4, 6, 4), Mean(), nn.Linear(4, CLASSES)), normal(3, 4)),
     Case("tokens_as_batch", lambda: nn.Sequential(*mlp(4, 6, 4), Mean(), nn.Linear(4, CLASSES)), normal(B, 4)),
-    Case("many_tokens", lambda: nn.Sequential(nn.Linear(2, 2), nn.Tanh(), Mean(), nn.Linear(2, 3)), normal(9, 2)),
+    Case(
+        "many_tokens",
+        lambda: nn.Sequential(nn.Linear(2, 2), nn.Tanh(), Mean(), nn.Linear(2, 3)),
+        normal(9, 2),
+    ),
     Case("wide_tokens", lambda: nn.Sequential(*mlp(8, 9, 8), Mean(), nn.Linear(8, CLASSES)), normal(2, 8)),
-    Case("tokens_2d", lambda: nn.Sequential(*mlp(3, 5, 4), Mean(), Mean(), nn.Linear(4, CLASSES)), normal(2, 3, 3)),
-    Case("per_position", lambda: nn.Sequential(*mlp(4, 6, 3), Transpose()), normal(B, 4), POSITION_CROSS_ENTROPY),
+    Case(
+        "tokens_2d",
+        lambda: nn.Sequential(*mlp(3, 5, 4), Mean(), Mean(), nn.Linear(4, CLASSES)),
+        normal(2, 3, 3),
+    ),
+    Case(
+        "per_position",
+        lambda: nn.Sequential(*mlp(4, 6, 3), Transpose()),
+        normal(B, 4),
+        POSITION_CROSS_ENTROPY,
+    ),
     Case("embedding", lambda: embed(nn.Embedding(6, 4)), tokens(7, 6), float_input=False),
     Case("embedding_padding", lambda: embed(nn.Embedding(3, 4, padding_idx=1)), tokens(B, 3), float_input=False),
     Case("embedding_once", lambda: embed(nn.Embedding(2, 4)), tokens(1, 2), float_input=False),
     Case("embedding_2d", lambda: embed(nn.Embedding(4, 3), Mean()), tokens((2, 3), 4), float_input=False),
     Case("attention", lambda: WithMathAttention(Attention()), normal(B, 4)),
-    Case("encoder_layer", lambda: WithMathAttention(nn.Sequential(encoder_layer(), Mean(), nn.Linear(4, CLASSES))), normal(3, 4)),
+    Case(
+        "encoder_layer",
+        lambda: WithMathAttention(nn.Sequential(encoder_layer(), Mean(), nn.Linear(4, CLASSES))),
+        normal(3, 4),
+    ),
     Case("tokens_first", TokensFirst, normal(B, 4)),
     Case("tokens_first_other_count", TokensFirst, normal(3, 4)),
     Case("positions", Positions, normal(B, 4)),
@@ -597,7 +635,10 @@ SHARED = [
     Case("only_a_custom_parameter", lambda: nn.Sequential(Scale(4))),
     Case("parametrised", lambda: nn.Sequential(unit_rows(nn.Linear(4, 5)), nn.Tanh(), nn.Linear(5, CLASSES))),
     Case("parametrised_conv", lambda: conv(unit_rows(nn.Conv1d(2, 3, 3))), normal(2, 6)),
-    Case("spectral_norm_eval", lambda: nn.Sequential(spectral_norm(nn.Linear(4, 5)), nn.Tanh(), nn.Linear(5, CLASSES)).eval()),
+    Case(
+        "spectral_norm_eval",
+        lambda: nn.Sequential(spectral_norm(nn.Linear(4, 5)), nn.Tanh(), nn.Linear(5, CLASSES)).eval(),
+    ),
     Case("reused", Reused),
     Case("reused_in_two_kinds", ReusedInTwoKinds),
     Case("tied_autoencoder", TiedAutoencoder, loss=MSE),
@@ -608,7 +649,11 @@ SHARED = [
     Case("reversed_batch", Reversed),
     Case("unused_parameter", Unused),
     Case("two_inputs_tuple", TwoInputs, lambda batch: (normal(4)(batch), normal(2)(batch), tokens(3, 6)(batch))),
-    Case("two_inputs_dict", TwoInputs, lambda batch: {"tokens": tokens(3, 6)(batch), "image": normal(4)(batch), "vector": normal(2)(batch)}),
+    Case(
+        "two_inputs_dict",
+        TwoInputs,
+        lambda batch: {"tokens": tokens(3, 6)(batch), "image": normal(4)(batch), "vector": normal(2)(batch)},
+    ),
     Case("masked", Masked, lambda batch: (normal(4)(batch), torch.rand(batch, 6) < 0.5)),
 ]
 
@@ -616,7 +661,12 @@ ARCHITECTURES = [*DENSE, *CONV, *TOKENS, *NORMS, *SHARED]
 FLOAT_INPUT = [case for case in ARCHITECTURES if case.float_input]
 LOSS_CASES = [
     *[Case(loss.name, partial(mlp, 4, 6, CLASSES, activation=nn.Tanh), loss=loss) for loss in LOSSES],
-    *[replace(case, name=loss.name, loss=loss) for case in TOKENS if case.name == "per_position" for loss in POSITION_LOSSES],
+    *[
+        replace(case, name=loss.name, loss=loss)
+        for case in TOKENS
+        if case.name == "per_position"
+        for loss in POSITION_LOSSES
+    ],
 ]
 SMOOTH = [case for case in ARCHITECTURES if case.name in {"tanh", "gelu", "softplus", "conv2d", "tokens", "layer_norm"}]
 

@@ -82,9 +82,7 @@ def trainable(model: nn.Module) -> list[Tensor]:
 
 def input_grad_sq_norm(model: nn.Module, x: Any, y: Any, scalar: RowScalar) -> Tensor:
     """‖∇_x f_i‖² over all floating-point inputs: (B,)."""
-    return torch.stack(
-        [sq_norm(gradients(f, float_tensors(row))) for row, f in sample_scalars(model, x, y, scalar)]
-    )
+    return torch.stack([sq_norm(gradients(f, float_tensors(row))) for row, f in sample_scalars(model, x, y, scalar)])
 
 
 def output_jacobian_sq_norm(model: nn.Module, x: Tensor) -> Tensor:
@@ -225,8 +223,7 @@ def inequality(
     as_tensor = {key: torch.tensor(values, dtype=torch.float64) for key, values in sides.items()}
     tensors = {
         name: {
-            key: None if None in values else torch.tensor(values, dtype=torch.float64)
-            for key, values in terms.items()
+            key: None if None in values else torch.tensor(values, dtype=torch.float64) for key, values in terms.items()
         }
         for name, terms in layers.items()
     }

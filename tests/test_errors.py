@@ -9,10 +9,11 @@ import pytest
 import references as ref
 import torch
 import torch.nn.functional as F
-from gradpen import InputGradPenalty, ParamGradPenalty, PenalizedLoss, evaluate_inequality
-from gradpen.functional import input_grad_sq_norm, param_grad_sq_norm
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
+
+from gradpen import InputGradPenalty, ParamGradPenalty, PenalizedLoss, evaluate_inequality
+from gradpen.functional import input_grad_sq_norm, param_grad_sq_norm
 
 X, Y = torch.randn(5, 4), torch.randint(3, (5,))
 BOTH = [input_grad_sq_norm, param_grad_sq_norm]
@@ -31,9 +32,21 @@ CONSTRUCTORS = [
     (lambda: InputGradPenalty(of="losses"), ValueError, "of.*'loss'.*'output'.*'losses'"),
     (lambda: InputGradPenalty(method="exactly"), ValueError, "method.*'exact'.*'exactly'"),
     (lambda: InputGradPenalty(method="projection"), ValueError, "projection.*output"),
-    (lambda: InputGradPenalty(of="output", method="finite_difference"), ValueError, "finite_difference.*output"),
-    (lambda: InputGradPenalty(of="output", method="projection", num_projections=0), ValueError, "num_projections.*0"),
-    (lambda: InputGradPenalty(method="finite_difference", scheme="upwind"), ValueError, "scheme.*'forward'.*'upwind'"),
+    (
+        lambda: InputGradPenalty(of="output", method="finite_difference"),
+        ValueError,
+        "finite_difference.*output",
+    ),
+    (
+        lambda: InputGradPenalty(of="output", method="projection", num_projections=0),
+        ValueError,
+        "num_projections.*0",
+    ),
+    (
+        lambda: InputGradPenalty(method="finite_difference", scheme="upwind"),
+        ValueError,
+        "scheme.*'forward'.*'upwind'",
+    ),
     (lambda: InputGradPenalty(method="finite_difference", step=0.0), ValueError, "step.*> 0.*0"),
     (lambda: ParamGradPenalty(method="finite_difference", step=-1.0), ValueError, "step.*> 0.*-1"),
     (lambda: ParamGradPenalty(method="projection"), ValueError, "method.*'projection'"),
@@ -61,14 +74,22 @@ def test_constructors_refuse(construct, kind, words):
 
 CALLS = [
     (lambda f: f(model(), X, Y[:4]), ValueError, r"batch size.*\(5, 3\).*\(4,\)"),
-    (lambda f: f(model(), X, Y, criterion=lambda o, t: F.cross_entropy(o, t)), ValueError, "one scalar per sample"),
+    (
+        lambda f: f(model(), X, Y, criterion=lambda o, t: F.cross_entropy(o, t)),
+        ValueError,
+        "one scalar per sample",
+    ),
     (lambda f: f(model(), X, Y, criterion=lambda o, t: o), ValueError, r"one scalar per sample.*\(5, 3\)"),
     (lambda f: f(model(), X, Y, criterion=lambda o, t: None), ValueError, "one scalar per sample.*None"),
     (lambda f: f(model(), X, Y, criterion="mse"), TypeError, "criterion.*'mse'"),
     (lambda f: f(lambda x: x, X, Y), TypeError, "nn.Module.*function"),
     (lambda f: f(X, model(), Y), TypeError, "nn.Module.*Tensor"),
     (lambda f: f(model(), X, Y, method="exactly"), ValueError, "method.*'exactly'"),
-    (lambda f: f(nn.Sequential(model(), Sum()), X, Y, criterion=lambda o, t: o), ValueError, "row per sample"),
+    (
+        lambda f: f(nn.Sequential(model(), Sum()), X, Y, criterion=lambda o, t: o),
+        ValueError,
+        "row per sample",
+    ),
 ]
 
 
@@ -137,14 +158,24 @@ def test_a_filter_that_selects_nothing(which):
         param_grad_sq_norm(model(), X, Y, parameters=which)
 
 
-@pytest.mark.parametrize("call", [*BOTH, InputGradPenalty(), ParamGradPenalty(), PenalizedLoss(F.cross_entropy, ParamGradPenalty())])
+@pytest.mark.parametrize(
+    "call",
+    [*BOTH, InputGradPenalty(), ParamGradPenalty(), PenalizedLoss(F.cross_entropy, ParamGradPenalty())],
+)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_autograd(call, mode):
     with mode(), pytest.raises(RuntimeError, match=f"{mode.__name__}.*enable_grad"):
         call(model(), X, Y)
 
 
-@pytest.mark.parametrize("call", [*BOTH, InputGradPenalty(of="output", method="projection"), PenalizedLoss(F.cross_entropy, ParamGradPenalty(over="batch"))])
+@pytest.mark.parametrize(
+    "call",
+    [
+        *BOTH,
+        InputGradPenalty(of="output", method="projection"),
+        PenalizedLoss(F.cross_entropy, ParamGradPenalty(over="batch")),
+    ],
+)
 @pytest.mark.parametrize("place", ["whole", "inner", "in_place"])
 def test_compiled_modules_are_refused_with_two_ways_out(call, place):
     compiled = model()
@@ -158,13 +189,16 @@ def test_compiled_modules_are_refused_with_two_ways_out(call, place):
         call(compiled, X, Y)
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    ({"of": "logits"}, "of.*'logits'"),
-    ({"norm": "nuclear"}, "norm.*'spectral'.*'nuclear'"),
-    ({"method": "power"}, "method.*'krylov'.*'power'"),
-    ({"delta": 0.0}, r"delta.*0\.0"),
-    ({"delta": 1.5}, r"delta.*1\.5"),
-])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"of": "logits"}, "of.*'logits'"),
+        ({"norm": "nuclear"}, "norm.*'spectral'.*'nuclear'"),
+        ({"method": "power"}, "method.*'krylov'.*'power'"),
+        ({"delta": 0.0}, r"delta.*0\.0"),
+        ({"delta": 1.5}, r"delta.*1\.5"),
+    ],
+)
 def test_the_inequality_refuses_unknown_options(options, words):
     with pytest.raises(ValueError, match=words):
         evaluate_inequality(model(), X, Y, **options)
@@ -203,12 +237,16 @@ def spectrally_normed() -> nn.Module:
     return nn.Sequential(spectral_norm(nn.Linear(4, 5)), nn.Tanh(), nn.Linear(5, 3))  # training mode: moves its buffers
 
 
-@pytest.mark.parametrize(("build", "x", "name"), [
-    (lambda: Gated(nn.GRU), torch.randn(5, 3, 4), "cell.weight_ih_l0"),
-    (lambda: Gated(nn.LSTM), torch.randn(5, 3, 4), "cell.weight_ih_l0"),
-    (lambda: Gated(nn.RNN), torch.randn(5, 3, 4), "cell.weight_ih_l0"),
-    (spectrally_normed, X, "0.parametrizations.weight.original"),
-], ids=["gru", "lstm", "rnn", "spectral_norm_training"])
+@pytest.mark.parametrize(
+    ("build", "x", "name"),
+    [
+        (lambda: Gated(nn.GRU), torch.randn(5, 3, 4), "cell.weight_ih_l0"),
+        (lambda: Gated(nn.LSTM), torch.randn(5, 3, 4), "cell.weight_ih_l0"),
+        (lambda: Gated(nn.RNN), torch.randn(5, 3, 4), "cell.weight_ih_l0"),
+        (spectrally_normed, X, "0.parametrizations.weight.original"),
+    ],
+    ids=["gru", "lstm", "rnn", "spectral_norm_training"],
+)
 def test_what_torch_cannot_map_over_samples_is_right_or_explained(build, x, name):
     mapped = build()
     buffers = [buffer.clone() for buffer in mapped.buffers()]

@@ -10,8 +10,9 @@ import pytest
 import references as ref
 import torch
 import torch.nn.functional as F
-from gradpen.functional import input_grad_sq_norm, param_grad_sq_norm
 from torch import nn
+
+from gradpen.functional import input_grad_sq_norm, param_grad_sq_norm
 
 BATCHES = [cases.B, 1]
 LOOSE = {torch.float32: (1e-4, 1e-3), torch.float64: (1e-10, 1e-10)}
@@ -74,7 +75,9 @@ def test_the_result_has_the_precision_of_the_model(name, dtype):
     actual = param_grad_sq_norm(model, x, y, criterion=criterion)
     assert actual.dtype == dtype
     exact_model.load_state_dict(model.double().state_dict())
-    expected = ref.param_grad_sq_norm(exact_model, exact_x.to(dtype).double() if case.float_input else exact_x, y, case.loss.row)
+    expected = ref.param_grad_sq_norm(
+        exact_model, exact_x.to(dtype).double() if case.float_input else exact_x, y, case.loss.row
+    )
     ref.assert_close(actual, expected, tolerance)
 
 
@@ -214,7 +217,11 @@ def test_a_model_that_changes_its_layout_between_calls():
     _, x, y, _ = cases.find("tokens_first").problem()
     model = Switched().double()
     for model.tokens_first in (False, True, False):
-        check(param_grad_sq_norm(model, x, y), ref.param_grad_sq_norm(model, x, y, cases.cross_entropy_row), model)
+        check(
+            param_grad_sq_norm(model, x, y),
+            ref.param_grad_sq_norm(model, x, y, cases.cross_entropy_row),
+            model,
+        )
 
 
 class Centred(nn.Module):
@@ -342,9 +349,7 @@ def test_a_generator_repeats_the_projection_and_leaves_the_global_stream():
     model, x, _, _ = cases.find("tanh").problem()
     state = torch.get_rng_state()
     draw = [
-        input_grad_sq_norm(
-            model, x, of="output", method="projection", generator=torch.Generator().manual_seed(seed)
-        )
+        input_grad_sq_norm(model, x, of="output", method="projection", generator=torch.Generator().manual_seed(seed))
         for seed in (4, 4, 5)
     ]
     assert torch.equal(draw[0], draw[1]) and not torch.equal(draw[0], draw[2])
@@ -364,9 +369,10 @@ def test_finite_differences_of_the_input(case, scheme, step, tolerance):
     actual = input_grad_sq_norm(model, x, y, **options)
     expected = ref.input_grad_sq_norm(model, x, y, case.loss.row)
     ref.assert_close(actual, expected)
-    assert ref.relative_error(
-        ref.flat_gradient(actual.mean(), model), ref.flat_gradient(expected.mean(), model)
-    ) < tolerance
+    assert (
+        ref.relative_error(ref.flat_gradient(actual.mean(), model), ref.flat_gradient(expected.mean(), model))
+        < tolerance
+    )
 
 
 @pytest.mark.parametrize(("scheme", "step", "tolerance"), ORDERS)
@@ -379,9 +385,10 @@ def test_finite_differences_of_the_parameters(case, over, scheme, step, toleranc
     group = {"batch": cases.B, "sample": 1}.get(over, over)
     expected = ref.param_grad_sq_norm(model, x, y, case.loss.row, group=group)
     ref.assert_close(actual, expected)
-    assert ref.relative_error(
-        ref.flat_gradient(actual.mean(), model), ref.flat_gradient(expected.mean(), model)
-    ) < tolerance
+    assert (
+        ref.relative_error(ref.flat_gradient(actual.mean(), model), ref.flat_gradient(expected.mean(), model))
+        < tolerance
+    )
 
 
 @pytest.mark.parametrize("scheme", ["forward", "backward", "central"])
@@ -511,8 +518,18 @@ def test_outputs_and_targets_of_any_structure(name):
     wrapped, target = Named(model), {"label": y, "scale": scale}
     row = lambda output, target: target[1] * cases.cross_entropy_row(output, target[0])  # noqa: E731
     pairs = list(zip(y, scale, strict=True))
-    check(param_grad_sq_norm(wrapped, x, target, criterion=criterion), ref.param_grad_sq_norm(model, x, pairs, row), wrapped, exact_model=model)
-    check(input_grad_sq_norm(wrapped, x, target, criterion=criterion), ref.input_grad_sq_norm(model, x, pairs, row), wrapped, exact_model=model)
+    check(
+        param_grad_sq_norm(wrapped, x, target, criterion=criterion),
+        ref.param_grad_sq_norm(model, x, pairs, row),
+        wrapped,
+        exact_model=model,
+    )
+    check(
+        input_grad_sq_norm(wrapped, x, target, criterion=criterion),
+        ref.input_grad_sq_norm(model, x, pairs, row),
+        wrapped,
+        exact_model=model,
+    )
     by_difference = param_grad_sq_norm(wrapped, x, target, criterion=criterion, over=2, method="finite_difference")
     ref.assert_close(by_difference, ref.param_grad_sq_norm(model, x, pairs, row, group=2))
 

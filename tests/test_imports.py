@@ -7,8 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gradpen
 import pytest
+
+import gradpen
 
 PACKAGE = Path(gradpen.__file__).parent
 
@@ -66,5 +67,10 @@ def test_importing_gradpen_imports_no_framework():
 
 
 def test_the_public_names_exist():
-    assert set(gradpen.__all__) >= {"InputGradPenalty", "ParamGradPenalty", "PenalizedLoss", "evaluate_inequality"}
+    assert set(gradpen.__all__) >= {
+        "InputGradPenalty",
+        "ParamGradPenalty",
+        "PenalizedLoss",
+        "evaluate_inequality",
+    }
     assert all(hasattr(gradpen, name) for name in gradpen.__all__)

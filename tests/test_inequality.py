@@ -10,9 +10,10 @@ import pytest
 import references as ref
 import torch
 import torch.nn.functional as F
-from gradpen import evaluate_inequality
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+
+from gradpen import evaluate_inequality
 
 CHAINS = [
     *[case for case in cases.DENSE if case.name not in {"functional"}],
@@ -118,7 +119,11 @@ def test_float32(name, norm):
 @pytest.mark.parametrize("name", ["relu", "tanh", "no_bias", "frozen_bias"])
 def test_the_sum_over_the_outputs(name, norm):
     model, x, _, _ = cases.find(name).problem()
-    compare(evaluate_inequality(model, x, of="output", norm=norm), ref.inequality(model, x, None, None, norm), norm)
+    compare(
+        evaluate_inequality(model, x, of="output", norm=norm),
+        ref.inequality(model, x, None, None, norm),
+        norm,
+    )
 
 
 @pytest.mark.parametrize("name", ["relu", "tanh", "frozen_weight"])
@@ -432,7 +437,9 @@ def test_a_detached_input_takes_no_part():
     assert report.holds.all() and (report.tightness <= 1).all()
 
 
-@pytest.mark.parametrize("name", ["residual", "reused", "conv2d", "tokens", "layer_norm", "attention", "two_inputs_tuple"])
+@pytest.mark.parametrize(
+    "name", ["residual", "reused", "conv2d", "tokens", "layer_norm", "attention", "two_inputs_tuple"]
+)
 def test_the_left_side_of_a_model_that_is_no_chain(name):
     """The head's term, from its own Jacobian by the loop."""
     case = cases.find(name)

@@ -10,11 +10,18 @@ import cases
 import numpy as np
 import pytest
 import torch
-from gradpen import evaluate_inequality
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-HOOKS = ["_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks"]
+from gradpen import evaluate_inequality
+
+HOOKS = [
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_state_dict_hooks",
+]
 
 
 class Noisy(nn.Module):
@@ -51,7 +58,11 @@ def snapshot(model: nn.Module, *tensors: torch.Tensor) -> dict[str, Any]:
         "torch": torch.get_rng_state().tolist(),
         "numpy": (numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:]),
         "python": random.getstate(),
-        "modes": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")),
+        "modes": (
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            torch.is_autocast_enabled("cpu"),
+        ),
         "dtype": torch.get_default_dtype(),
     }
 
@@ -83,8 +94,11 @@ def data(name: str) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(5, 5, 4) if name == "attention" else torch.randn(5, 4), torch.randint(3, (5,))
 
 
-@pytest.mark.parametrize("options", [{}, {"criterion": failing}, {"of": "output", "method": "krylov"}, {"norm": "joint"}],
-                         ids=["loss", "criterion_raises", "output_krylov", "joint"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"criterion": failing}, {"of": "output", "method": "krylov"}, {"norm": "joint"}],
+    ids=["loss", "criterion_raises", "output_krylov", "joint"],
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_no_trace(name, options):
     model, (x, y) = MODELS[name](), data(name)
@@ -96,7 +110,10 @@ def test_no_trace(name, options):
         assert after[key] == value, key
 
 
-@pytest.mark.parametrize("name", ["mlp", "inplace", "dropout", "noisy", "mapped", "spectral_norm", "batch_norm_eval", "modes_mixed"])
+@pytest.mark.parametrize(
+    "name",
+    ["mlp", "inplace", "dropout", "noisy", "mapped", "spectral_norm", "batch_norm_eval", "modes_mixed"],
+)
 def test_these_models_are_evaluated_not_refused(name):
     model, (x, y) = MODELS[name](), data(name)
     report = evaluate_inequality(model, x, y)

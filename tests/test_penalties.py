@@ -10,9 +10,10 @@ import pytest
 import references as ref
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from gradpen import InputGradPenalty, ParamGradPenalty, PenalizedLoss
 from gradpen.functional import input_grad_sq_norm, param_grad_sq_norm
-from torch import nn
 
 ROW = cases.cross_entropy_row
 
@@ -80,7 +81,10 @@ def test_a_short_last_micro_batch_counts_by_its_samples(problem, over, group, sq
     ref.assert_close(ParamGradPenalty(over=over, squared=squared)(model, x, y), expected)
 
 
-@pytest.mark.parametrize("penalty", [InputGradPenalty(squared=False), ParamGradPenalty(squared=False), InputGradPenalty(target=1.0)])
+@pytest.mark.parametrize(
+    "penalty",
+    [InputGradPenalty(squared=False), ParamGradPenalty(squared=False), InputGradPenalty(target=1.0)],
+)
 def test_norms_are_zero_safe(penalty):
     model, x, y, _ = cases.find("no_bias").problem()
     for parameter in model.parameters():
@@ -138,9 +142,27 @@ def test_the_objective_adds_up(case):
     assert ref.relative_error(*gradients) < 1e-10
 
 
-@pytest.mark.parametrize("case", [c for c in cases.FLOAT_INPUT if c.name in {
-    "relu", "conv2d", "tokens_first", "custom_parameter", "tied_by_matmul", "residual", "layer_norm_tokens",
-    "two_inputs_dict", "attention", "positions"}], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        c
+        for c in cases.FLOAT_INPUT
+        if c.name
+        in {
+            "relu",
+            "conv2d",
+            "tokens_first",
+            "custom_parameter",
+            "tied_by_matmul",
+            "residual",
+            "layer_norm_tokens",
+            "two_inputs_dict",
+            "attention",
+            "positions",
+        }
+    ],
+    ids=str,
+)
 def test_the_objective_over_architectures(case):
     model, x, y, criterion = case.problem()
     out = PenalizedLoss(criterion, ParamGradPenalty(0.5, over=2), InputGradPenalty(2.0))(model, x, y)
@@ -151,14 +173,17 @@ def test_the_objective_over_architectures(case):
     assert ref.relative_error(*gradients) < 1e-10
 
 
-@pytest.mark.parametrize("penalties", [
-    [],
-    [InputGradPenalty()],
-    [ParamGradPenalty()],
-    [InputGradPenalty(), ParamGradPenalty(), ParamGradPenalty(over="batch", name="batch")],
-    [InputGradPenalty(of="output"), InputGradPenalty(of="output", method="projection", name="projected")],
-    [ParamGradPenalty(over=2), InputGradPenalty(of=lambda output, target: output[:, 0], name="logit")],
-])
+@pytest.mark.parametrize(
+    "penalties",
+    [
+        [],
+        [InputGradPenalty()],
+        [ParamGradPenalty()],
+        [InputGradPenalty(), ParamGradPenalty(), ParamGradPenalty(over="batch", name="batch")],
+        [InputGradPenalty(of="output"), InputGradPenalty(of="output", method="projection", name="projected")],
+        [ParamGradPenalty(over=2), InputGradPenalty(of=lambda output, target: output[:, 0], name="logit")],
+    ],
+)
 def test_one_forward_pass_for_everything(problem, penalties):
     model = Counting(problem.model)
     PenalizedLoss(F.cross_entropy, *penalties)(model, problem.x, problem.y).loss.backward()
@@ -200,9 +225,9 @@ def test_a_weight_of_zero_reports_but_does_not_pull(problem):
 def test_the_criterion_of_the_objective_is_the_penaltys_unless_it_has_its_own(problem):
     model, x, _, _ = problem
     y = torch.rand(5, 3, dtype=torch.float64)
-    out = PenalizedLoss(
-        F.mse_loss, InputGradPenalty(), InputGradPenalty(criterion=F.cross_entropy, name="other")
-    )(model, x, y)
+    out = PenalizedLoss(F.mse_loss, InputGradPenalty(), InputGradPenalty(criterion=F.cross_entropy, name="other"))(
+        model, x, y
+    )
     ref.assert_close(out.penalties["input"], ref.input_grad_sq_norm(model, x, y, cases.squared_error_row).mean())
     soft = lambda o, t: -(t * o.log_softmax(0)).sum()  # noqa: E731
     ref.assert_close(out.penalties["other"], ref.input_grad_sq_norm(model, x, y, soft).mean())
@@ -239,10 +264,17 @@ def test_a_penalty_that_alone_reaches_a_parameter_trains_it(problem):
     assert not model[-1].weight.grad[2].any()
 
 
-@pytest.mark.parametrize("penalty", [
-    InputGradPenalty(), ParamGradPenalty(), ParamGradPenalty(over="batch"), InputGradPenalty(of="output"),
-    ParamGradPenalty(over="batch", method="finite_difference"), InputGradPenalty(method="finite_difference"),
-])
+@pytest.mark.parametrize(
+    "penalty",
+    [
+        InputGradPenalty(),
+        ParamGradPenalty(),
+        ParamGradPenalty(over="batch"),
+        InputGradPenalty(of="output"),
+        ParamGradPenalty(over="batch", method="finite_difference"),
+        InputGradPenalty(method="finite_difference"),
+    ],
+)
 def test_descending_a_penalty_lowers_it(problem, penalty):
     model, x, y, _ = problem
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)

@@ -6,11 +6,12 @@ import cases
 import references as ref
 import torch
 import torch.nn.functional as F
-from gradpen import evaluate_inequality
-from gradpen.functional import input_grad_sq_norm, param_grad_sq_norm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+
+from gradpen import evaluate_inequality
+from gradpen.functional import input_grad_sq_norm, param_grad_sq_norm
 
 ACTIVATIONS = [nn.ReLU, nn.Tanh, nn.GELU, nn.SiLU, nn.Softplus, nn.LeakyReLU, nn.Identity, nn.Sigmoid]
 NORMS = ["spectral", "frobenius", "joint"]
@@ -77,7 +78,9 @@ def test_the_left_side_is_that_of_the_loops(network, norm, method):
 @settings(max_examples=60)
 @given(networks())
 def test_tightness_is_ordered_by_norm(network):
-    frobenius, spectral, joint = (evaluate_inequality(*network, norm=norm).lhs for norm in ("frobenius", "spectral", "joint"))
+    frobenius, spectral, joint = (
+        evaluate_inequality(*network, norm=norm).lhs for norm in ("frobenius", "spectral", "joint")
+    )
     assert (frobenius <= spectral * (1 + 1e-9)).all() and (spectral <= joint * (1 + 1e-9)).all()
 
 
@@ -98,7 +101,9 @@ def test_permuting_samples_permutes_the_report(network, random):
     report, permuted = evaluate_inequality(model, x, y), evaluate_inequality(model, x[order], y[order])
     for name in ("lhs", "rhs", "input_grad_sq_norm", "tightness"):
         before, after = getattr(report, name)[order], getattr(permuted, name)
-        torch.testing.assert_close(after, before, rtol=1e-8, atol=1e-12 * float(before.nan_to_num().max()), equal_nan=True)
+        torch.testing.assert_close(
+            after, before, rtol=1e-8, atol=1e-12 * float(before.nan_to_num().max()), equal_nan=True
+        )
 
 
 @settings(max_examples=60)

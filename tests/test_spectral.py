@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from gradpen.spectral import Bracket, dense_bracket, exact_bracket, lanczos_bracket, normal_start
 
 N = 40
@@ -133,7 +134,10 @@ def test_the_dimension_bounds_the_number_of_products():
     products = []
     values = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
     bracket = lanczos_bracket(
-        lambda u: products.append(0) or u * values.square(), torch.randn(2, 3, dtype=torch.float64), delta=1e-6, rtol=0.0
+        lambda u: products.append(0) or u * values.square(),
+        torch.randn(2, 3, dtype=torch.float64),
+        delta=1e-6,
+        rtol=0.0,
     )
     assert len(products) <= 3
     torch.testing.assert_close(bracket.lower, torch.full((2,), 3.0, dtype=torch.float64), rtol=1e-12, atol=0)

@@ -75,7 +75,9 @@ def find_criterion(module: nn.Module, criterion: Any, y: Any) -> tuple[Callable[
         return F.cross_entropy, "integer targets"
     if isinstance(y, Tensor):
         return F.mse_loss, "floating-point targets"
-    raise ValueError(f"expected targets of one tensor to choose a criterion for, got {type(y).__name__}: give criterion=…")
+    raise ValueError(
+        f"expected targets of one tensor to choose a criterion for, got {type(y).__name__}: give criterion=…"
+    )
 
 
 def to_device(value: Any, device: torch.device) -> Any:

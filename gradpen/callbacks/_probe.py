@@ -30,4 +30,3 @@ def draw_probe(loader: Any, num_samples: int, seed: int) -> Any:
     chosen = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:num_samples].sort().values
     with random_streams_kept():
         return loader.collate_fn([dataset[index] for index in chosen.tolist()])
-

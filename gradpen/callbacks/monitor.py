@@ -9,7 +9,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from gradpen import _checks
@@ -32,10 +32,10 @@ class InequalityMonitor(Callback):
 
     .. math:: \|\nabla_x f\|^2 \sum_t \frac{1 + \|h_t\|^2}{\|W_t\|^2 \|J_t\|^2} \le \|\nabla_\theta f\|^2
 
-    Checks happen before the first step, on schedule, and at the end of training. The network is looked at in eval mode and left
-    without a trace: a run with the monitor equals the run without it, bit for bit. Logged through the trainer's loggers
-    are ``bound/lhs``, ``bound/rhs``, ``bound/tightness`` (also ``_min`` and ``_max``), ``bound/violations``,
-    ``bound/undefined``, ``bound/input_grad_sq_norm``, ``bound/param_grad_sq_norm``, ``bound/batch_grad_sq_norm``,
+    Checks happen before the first step, on schedule, and at the end of training. The network is looked at in eval
+    mode and left without a trace: a run with the monitor equals the run without it, bit for bit. Logged through the
+    trainer's loggers are ``bound/lhs``, ``bound/rhs``, ``bound/tightness`` (also ``_min`` and ``_max``),
+    ``bound/violations``, ``bound/undefined``, ``bound/input_grad_sq_norm``, ``bound/param_grad_sq_norm``, ``bound/batch_grad_sq_norm``,
     ``bound/noise_trace`` and, for every layer, ``bound/<layer>/coefficient``, ``…/tightness``, ``…/weight_norm``,
     ``…/jacobian_norm``, ``…/slack_product`` and so on. Under data-parallel strategies every process looks at the whole
     probe, and the first one logs.
@@ -52,8 +52,8 @@ class InequalityMonitor(Callback):
         targets: which part of a batch is y.
         model: which part of the LightningModule maps x to the output: name, callable or module; default the module itself
             if it defines ``forward``, else its only child with parameters.
-        criterion: gives f_i: callable, or name of an attribute; default the module's ``criterion`` or ``loss_fn``, else cross
-            entropy for integer targets and the mean squared error for floating-point ones.
+        criterion: gives f_i: callable, or name of an attribute; default the module's ``criterion`` or ``loss_fn``,
+            else cross entropy for integer targets and the mean squared error for floating-point ones.
         of: as in `gradpen.evaluate_inequality`, like the next four.
         norm: "spectral", "frobenius" or "joint".
         slack: split each layer's slack into its two factors.
@@ -118,7 +118,13 @@ class InequalityMonitor(Callback):
         self.on_violation = on_violation
         self.history: list[Row] = []
         self.report: InequalityReport | None = None
-        self._settings: dict[str, Any] = {"of": of, "norm": norm, "slack": slack, "delta": delta, "rtol": rtol}
+        self._settings: dict[str, Any] = {
+            "of": of,
+            "norm": norm,
+            "slack": slack,
+            "delta": delta,
+            "rtol": rtol,
+        }
         self._drawn: tuple[Any, Any] | None = None
         self._unscheduled_step: int | None = None
 
@@ -234,7 +240,11 @@ class InequalityMonitor(Callback):
 
     def _loader(self, trainer: Trainer) -> Any:
         """The first data loader of the kind asked for."""
-        training, validation, test = trainer.train_dataloader, trainer.val_dataloaders, trainer.test_dataloaders
+        training, validation, test = (
+            trainer.train_dataloader,
+            trainer.val_dataloaders,
+            trainer.test_dataloaders,
+        )
         wanted = (training,) if self.probe == "train" else (validation, test, training)
         for loader in wanted:
             while isinstance(loader, (list, tuple, dict)) and loader:
@@ -288,5 +298,3 @@ class InequalityMonitor(Callback):
 
 def _name(function: Any) -> str:
     return getattr(function, "__name__", type(function).__name__)
-
-
