@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gradpen import _checks, finite_difference, gradients
+from gradpen import _checks, finite_difference, gradients, mixing, param_norms
 from gradpen.criteria import Criterion, Scalar
 from gradpen.recording import Recording, RngState, call_with, map_tensors, record_forward
 from gradpen.terms import InputTerm, ParamTerm, Term, select_parameters
@@ -59,7 +59,7 @@ class _ScalarGradients:
 
     @cached_property
     def gradients(self) -> gradients.SampleGradients:
-        return gradients.sample_gradients(self.f, self.recording, inputs=self.inputs, deltas=self.deltas)
+        return gradients.sample_gradients(self.f.sum(), self.recording, inputs=self.inputs, deltas=self.deltas)
 
 
 def evaluate_terms(model: nn.Module, x: Any, y: Any, terms: Sequence[tuple[Term, Criterion]]) -> Evaluation:
@@ -100,6 +100,82 @@ def evaluate_terms(model: nn.Module, x: Any, y: Any, terms: Sequence[tuple[Term,
     return Evaluation(recording.output, norms)
 
 
+def evaluate_loss_terms(
+    model: nn.Module,
+    loss: Tensor,
+    recording: Recording,
+    terms: Sequence[Term],
+    *,
+    batch_size: int,
+    reduction: str,
+) -> list[GroupNorms]:
+    """Compute what exact terms ask for from a loss that somebody else computed, without a forward pass.
+
+    The loss is the mean (or the sum) of f_i; sample i's gradients are the rows of the gradient of Σ_i f_i, so the f_i are
+    not needed one by one.
+
+    Args:
+        model: whose parameters count.
+        loss: 0-dim, with its graph.
+        recording: the forward pass that led to it; its output is the model's output, or None if that is not known.
+        terms: exact terms of the loss, or of the output.
+        batch_size: B.
+        reduction: "mean" or "sum": how the loss was made from the f_i.
+
+    Raises:
+        ValueError: if a term needs a forward pass of its own.
+        RuntimeError: as `gradpen.functional` says.
+    """
+    _check_call(model, terms)
+    total = loss * batch_size if reduction == "mean" else loss
+    needed = [term for term in terms if isinstance(term, ParamTerm) or term.of == "loss"]
+    found = gradients.SampleGradients([], {})
+    if needed:
+        found = gradients.sample_gradients(
+            total,
+            recording,
+            inputs=any(isinstance(term, InputTerm) for term in needed),
+            deltas=any(_needs_deltas(term) for term in needed),
+        )
+    mixed = _mixed_by_output(model, total, recording, found, batch_size)
+    norms = []
+    for term in terms:
+        if isinstance(term, InputTerm):
+            sq_norms = (
+                _jacobian_sq_norm(recording, term) if term.of == "output" else gradients.input_sq_norm(found.inputs)
+            )
+            norms.append(GroupNorms(sq_norms, torch.ones_like(sq_norms)))
+            continue
+        parameters = select_parameters(model, term.parameters)
+        sizes = term.group_sizes(batch_size, total)
+        if term.over == "batch":
+            sq_norms = param_norms.batch_param_sq_norm(total / batch_size, list(parameters.values()))
+        else:
+            sq_norms = param_norms.closed_loss_sq_norm(
+                total, recording, found, parameters, mixed, batch_size, term.group_size(batch_size)
+            )
+        norms.append(GroupNorms(sq_norms, sizes))
+    return norms
+
+
+def _mixed_by_output(
+    model: nn.Module, total: Tensor, recording: Recording, found: gradients.SampleGradients, batch_size: int
+) -> frozenset[int]:
+    """`mixing.find_mixed_calls` for the linearisation of the loss at the model's output."""
+    output = recording.output
+    if not isinstance(output, Tensor) or output.shape[:1] != (batch_size,) or not output.requires_grad:
+        mixing.check_unambiguous(recording, found, batch_size)
+        return frozenset()
+    (cotangent,) = torch.autograd.grad(total, output, retain_graph=True, allow_unused=True)
+    if cotangent is None or not (found.inputs or found.deltas):
+        return frozenset()
+
+    def linearised(output: Tensor) -> Tensor:
+        return (output * cotangent).reshape(batch_size, -1).sum(1)
+
+    return mixing.find_mixed_calls(model, linearised(output), linearised, recording, found)
+
+
 def _input_norms(forward: _Pass, scalar: _ScalarGradients, term: InputTerm) -> GroupNorms:
     recording = forward.recording
     if term.of == "output":
@@ -107,7 +183,7 @@ def _input_norms(forward: _Pass, scalar: _ScalarGradients, term: InputTerm) -> G
         return GroupNorms(sq_norms, torch.ones_like(sq_norms))
     _checks.check_input_rows(recording.inputs, scalar.f.shape[0])
     if term.method == "exact":
-        gradients.find_mixed_calls(forward.model, scalar.f, scalar.function, recording, scalar.gradients)
+        mixing.find_mixed_calls(forward.model, scalar.f, scalar.function, recording, scalar.gradients)
         sq_norms = gradients.input_sq_norm(scalar.gradients.inputs)
     else:
         sq_norms = finite_difference.input_norm(
@@ -141,13 +217,12 @@ def _param_norms(forward: _Pass, scalar: _ScalarGradients, term: ParamTerm, crit
     parameters = select_parameters(forward.model, term.parameters)
     f = scalar.f
     group_size = term.group_size(f.shape[0])
-    starts = torch.arange(0, f.shape[0], group_size, device=f.device)
-    sizes = (f.shape[0] - starts).clamp(max=group_size).to(f.dtype)
+    sizes = term.group_sizes(f.shape[0], f)
     if term.method == "finite_difference":
         return GroupNorms(_finite_difference_norms(forward, scalar, term, criterion, y, parameters).square(), sizes)
     if term.over == "batch":
-        return GroupNorms(gradients.batch_param_sq_norm(f, list(parameters.values())), sizes)
-    sq_norms = gradients.param_sq_norm(
+        return GroupNorms(param_norms.batch_param_sq_norm(f, list(parameters.values())), sizes)
+    sq_norms = param_norms.param_sq_norm(
         forward.model,
         forward.x,
         f,

@@ -70,7 +70,7 @@ def record_forward(model: nn.Module, x: Any, *, input_grad: bool, calls: bool) -
     Raises:
         TypeError: if `input_grad` and no input is a floating-point tensor.
     """
-    fed = map_floats(x, _requiring_grad) if input_grad else x
+    fed = map_floats(x, requiring_grad) if input_grad else x
     inputs = float_tensors(fed)
     if input_grad and not inputs:
         raise TypeError(
@@ -79,7 +79,7 @@ def record_forward(model: nn.Module, x: Any, *, input_grad: bool, calls: bool) -
         )
     if not calls:
         return Recording(call_model(model, fed), inputs)
-    with _CallRecorder() as recorder:
+    with CallRecorder() as recorder:
         output = call_model(model, fed)
     return Recording(output, inputs, recorder.calls)
 
@@ -166,8 +166,8 @@ class RngState(NamedTuple):
             now.restore()
 
 
-class _CallRecorder(TorchFunctionMode):
-    """Keeps the calls of the layer functions whose outputs carry gradients."""
+class CallRecorder(TorchFunctionMode):
+    """Within its block, keeps the calls of the layer functions whose outputs carry gradients."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -252,7 +252,8 @@ _LAYER_FUNCTIONS: dict[Callable[..., Any], Callable[..., _Arguments]] = {
 }
 
 
-def _requiring_grad(tensor: Tensor) -> Tensor:
+def requiring_grad(tensor: Tensor) -> Tensor:
+    """The tensor itself if it requires grad, else an alias that does."""
     if tensor.requires_grad:
         return tensor
     return (tensor.clone() if tensor.is_inference() else tensor.detach()).requires_grad_()

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gradpen import gradients
+from gradpen import gradients, mixing, param_norms
 from gradpen._numerics import divide_or_zero, row_sq_norm, total_sq_norm, widest_float
 from gradpen.criteria import as_criterion, scalar_per_sample
 from gradpen.recording import Recording, RngState
@@ -50,7 +50,7 @@ def output_cotangents(
     f = scalar_per_sample(of, leaf, y) if callable(of) else as_criterion(criterion).per_sample(leaf, y)
     if not f.requires_grad:
         raise RuntimeError("the scalar f does not depend on the model's output, so it has no gradient")
-    gradients.check_scalar_rows(f, leaf)
+    mixing.check_scalar_rows(f, leaf)
     (cotangent,) = torch.autograd.grad(f.sum(), leaf)
     rows = widest_float(cotangent).reshape(f.shape[0], -1)
     scale = rows.abs().amax(1)  # first, so that nothing underflows when it is squared
@@ -80,11 +80,11 @@ def both_sides(
             return (output * direction).reshape(batch_size, -1).sum(1)
 
         f = scalar(output)
-        found = gradients.sample_gradients(f, recording, inputs=True, deltas=True, create_graph=False)
-        mixed = gradients.find_mixed_calls(model, f, scalar, recording, found)
+        found = gradients.sample_gradients(f.sum(), recording, inputs=True, deltas=True, create_graph=False)
+        mixed = mixing.find_mixed_calls(model, f, scalar, recording, found)
         input_gradients.append(torch.cat([gradient.reshape(batch_size, -1) for gradient in found.inputs], 1))
         deltas.append(found.deltas)
-        sq_norms = gradients.param_sq_norm(
+        sq_norms = param_norms.param_sq_norm(
             model, x, f, scalar, recording, found, parameters, group_size=1, rng=rng, create_graph=False
         )
         input_sq_norm = input_sq_norm + scale**2 * row_sq_norm(widest_float(input_gradients[-1]))

@@ -78,6 +78,12 @@ class ParamTerm:
             return batch_size
         return 1 if self.over == "sample" else min(int(self.over), batch_size)
 
+    def group_sizes(self, batch_size: int, like: Tensor) -> Tensor:
+        """How many samples each group holds, the last one what is left: (groups,)."""
+        group_size = self.group_size(batch_size)
+        starts = torch.arange(0, batch_size, group_size, device=like.device)
+        return (batch_size - starts).clamp(max=group_size).to(like.dtype)
+
     def scalar(self, criterion: Criterion, target: Any) -> Scalar:
         """The model's output → f, (B,)."""
         return Scalar(criterion.source, criterion.per_sample, target)

@@ -18,6 +18,8 @@ FLOORS = [  # from the ground up; a folder is one entry
     {"criteria", "recording", "spectral", "history"},
     {"closed_form", "finite_difference", "isolation", "jacobians", "plotting"},
     {"gradients", "terms"},
+    {"mixing"},
+    {"param_norms"},
     {"evaluation", "sides"},
     {"cut_layers", "functional", "penalties"},
     {"layer_norms"},

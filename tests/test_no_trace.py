@@ -25,7 +25,7 @@ HOOKS = [
 
 
 class Noisy(nn.Module):
-    """Draws from every random stream, changes a buffer, replaces another one, counts its calls."""
+    """Draws from every random stream, changes a buffer, replaces another one, turns its own flag round."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,6 +34,7 @@ class Noisy(nn.Module):
         self.register_buffer("absent", None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.train(not self.training)
         self.in_place += 1
         self.replaced = self.replaced + torch.rand(2) + np.random.rand() + random.random()
         return x * (1 + 0 * torch.rand_like(x))

@@ -307,6 +307,21 @@ def test_weight_over_step_interpolates_between_the_plain_gradient_and_sam(proble
     assert ref.relative_error(actual, expected) < 1e-12
 
 
+@pytest.mark.parametrize(("scheme", "ahead", "here", "behind"), [
+    ("forward", 1, 0, 0), ("backward", 0, 2, -1), ("central", 0.5, 1, -0.5),
+])
+def test_schemes_are_combinations_of_three_gradients(problem, scheme, ahead, here, behind):
+    """∇L + r ∇D with r D = L(θ+) − L(θ), L(θ) − L(θ−) or half of L(θ+) − L(θ−)."""
+    model, x, y, _ = problem
+    loss = lambda m: F.cross_entropy(m(x), y)  # noqa: E731
+    penalty = ParamGradPenalty(0.3, over="batch", method="finite_difference", scheme=scheme, squared=False, step=0.3)
+    actual = ref.flat_gradient(PenalizedLoss(F.cross_entropy, penalty)(model, x, y).loss, model)
+    expected = sum(
+        factor * ref.sam_gradient(model, loss, radius) for factor, radius in ((ahead, 0.3), (here, 0.0), (behind, -0.3))
+    )
+    assert ref.relative_error(actual, expected) < 1e-12
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_objective_under_autocast(dtype):
     model, x, y, criterion = cases.find("gelu").problem(dtype=torch.float32)

@@ -1,5 +1,6 @@
 """Lightning callbacks: a monitor of the inequality, and a penalty for a LightningModule that nobody edits."""
 
 from gradpen.callbacks.monitor import InequalityMonitor
+from gradpen.callbacks.penalty import GradPenaltyCallback
 
-__all__ = ["InequalityMonitor"]
+__all__ = ["GradPenaltyCallback", "InequalityMonitor"]

@@ -8,12 +8,13 @@ from collections.abc import Callable, Collection
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from gradpen import _checks
 from gradpen.callbacks._batch import Getter, find_criterion, find_model, split_batch, to_device
+from gradpen.callbacks._lightning import Callback
 from gradpen.callbacks._probe import draw_probe
 from gradpen.history import Row, flat_metrics, report_rows, write_csv
 from gradpen.inequality import evaluate_inequality
@@ -33,12 +34,13 @@ class InequalityMonitor(Callback):
     .. math:: \|\nabla_x f\|^2 \sum_t \frac{1 + \|h_t\|^2}{\|W_t\|^2 \|J_t\|^2} \le \|\nabla_\theta f\|^2
 
     Checks happen before the first step, on schedule, and at the end of training. The network is looked at in eval
-    mode and left without a trace: a run with the monitor equals the run without it, bit for bit. Logged through the
-    trainer's loggers are ``bound/lhs``, ``bound/rhs``, ``bound/tightness`` (also ``_min`` and ``_max``),
-    ``bound/violations``, ``bound/undefined``, ``bound/input_grad_sq_norm``, ``bound/param_grad_sq_norm``, ``bound/batch_grad_sq_norm``,
-    ``bound/noise_trace`` and, for every layer, ``bound/<layer>/coefficient``, ``…/tightness``, ``…/weight_norm``,
-    ``…/jacobian_norm``, ``…/slack_product`` and so on. Under data-parallel strategies every process looks at the whole
-    probe, and the first one logs.
+    mode and left without a trace: a run with the monitor equals the run without it, bit for bit. Under data-parallel
+    strategies every process looks at the whole probe, and the first one logs.
+
+    Logged through the trainer's loggers are ``bound/lhs``, ``bound/rhs``, ``bound/tightness`` (also ``_min`` and
+    ``_max``), ``bound/violations``, ``bound/undefined``, ``bound/input_grad_sq_norm``, ``bound/param_grad_sq_norm``,
+    ``bound/batch_grad_sq_norm``, ``bound/noise_trace`` and, for every layer, ``bound/<layer>/coefficient``,
+    ``…/tightness``, ``…/weight_norm``, ``…/jacobian_norm``, ``…/slack_product`` and so on.
 
     Args:
         every_n_steps: check every so many optimiser steps; default 200 if no other schedule is given.

@@ -1,0 +1,287 @@
+"""Exact squared norms of parameter gradients, by sample, by group, or of the whole batch.
+
+From the layers' inputs h and output gradients δ the closed forms give ‖∇_θ f_i‖². Parameters that are used in any other way
+go through `torch.func`: one forward pass with a copy of these parameters for every sample.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gradpen import closed_form
+from gradpen._graph import GraphWalk, walk_graph
+from gradpen._numerics import full_precision, rounding_tolerance, row_sq_norm, sum_tensors, total_sq_norm
+from gradpen.gradients import SampleGradients, check_differentiable
+from gradpen.mixing import find_mixed_calls
+from gradpen.recording import Call, Recording, RngState, call_with, map_leaves, map_tensors, tensors_of
+
+ScalarFn = Callable[[Any], Tensor]  # the model's output → f, (B,)
+
+
+class ParameterPlan(NamedTuple):
+    """How each parameter's gradient is had."""
+
+    closed: dict[str, list[tuple[int, str]]]  # name → its uses: (index of the call, "weight" or "bias")
+    mapped: list[str]  # names of parameters that need torch.func
+
+
+def plan_parameters(
+    recording: Recording,
+    root: Tensor,
+    parameters: Mapping[str, Tensor],
+    mixed_calls: frozenset[int],
+    batch_size: int,
+) -> ParameterPlan:
+    """Closed form only where it is provably right.
+
+    A parameter has one if every edge that leads to it in the graph of f is a recorded call with one row per sample. A
+    weight that is also used elsewhere (tied, parametrised, in a custom operation) has more edges than calls.
+
+    Args:
+        recording: the forward pass.
+        root: f, or Σ_i f_i.
+        parameters: name → parameter.
+        mixed_calls: calls whose rows are not one sample each (`find_mixed_calls`).
+        batch_size: B.
+    """
+    walk = walk_graph(root)
+    uses = _uses_by_parameter(recording.calls, walk)
+    plan = ParameterPlan({}, [])
+    for name, parameter in parameters.items():
+        edges = walk.leaf_edges[id(parameter)]
+        if edges == 0:
+            continue  # f does not depend on it: its gradient is 0
+        found = uses.get(id(parameter), [])
+        rows = all(
+            index not in mixed_calls and closed_form.has_closed_form(recording.calls[index], batch_size)
+            for index, _ in found
+        )
+        if (
+            len(found) == edges
+            and rows
+            and closed_form.combinable([(recording.calls[index], role) for index, role in found])
+        ):
+            plan.closed[name] = found
+        else:
+            plan.mapped.append(name)
+    return plan
+
+
+def param_sq_norm(
+    model: nn.Module,
+    x: Any,
+    f: Tensor,
+    scalar: ScalarFn,
+    recording: Recording,
+    gradients: SampleGradients,
+    parameters: Mapping[str, Tensor],
+    *,
+    group_size: int,
+    rng: RngState,
+    create_graph: bool = True,
+) -> Tensor:
+    """‖∇_θ mean_{i ∈ group} f_i‖² for every run of `group_size` samples (the last may be shorter): (groups,).
+
+    Args:
+        model: the model of the recording.
+        x: its input.
+        f: one scalar a sample, (B,).
+        scalar: the model's output → f.
+        recording: the forward pass that led to f.
+        gradients: its δ.
+        parameters: name → parameter, those whose gradients count.
+        group_size: samples per group, at most B.
+        rng: the generators' state before the forward pass.
+        create_graph: keep the result differentiable.
+
+    Raises:
+        RuntimeError: if samples are mixed, or the model draws random numbers that cannot be drawn again.
+    """
+    batch_size = f.shape[0]
+    mixed = find_mixed_calls(model, f, scalar, recording, gradients)
+    plan = plan_parameters(recording, f, parameters, mixed, batch_size)
+    closed = closed_param_sq_norm(recording, gradients, plan, batch_size, group_size, f.device)
+    if not plan.mapped:
+        return closed
+    mapped = {name: parameters[name] for name in plan.mapped}
+    return closed + _mapped_sq_norm(model, x, f, scalar, mapped, group_size, rng, create_graph)
+
+
+def closed_loss_sq_norm(
+    total: Tensor,
+    recording: Recording,
+    gradients: SampleGradients,
+    parameters: Mapping[str, Tensor],
+    mixed_calls: frozenset[int],
+    batch_size: int,
+    group_size: int,
+) -> Tensor:
+    """`param_sq_norm` where only Σ_i f_i is known, so that every parameter must have a closed form: (groups,).
+
+    Raises:
+        RuntimeError: naming the parameters that have none.
+    """
+    plan = plan_parameters(recording, total, parameters, mixed_calls, batch_size)
+    if plan.mapped:
+        raise RuntimeError(
+            f"the gradients of {', '.join(plan.mapped)} have no closed form for single samples, and a loss that is already "
+            'averaged does not give them: leave them out with parameters=…, use over="batch", or call PenalizedLoss in '
+            "training_step, which runs the model sample by sample for them"
+        )
+    return closed_param_sq_norm(recording, gradients, plan, batch_size, group_size, total.device)
+
+
+def batch_param_sq_norm(f: Tensor, parameters: Sequence[Tensor], *, create_graph: bool = True) -> Tensor:
+    """‖∇_θ mean_i f_i‖²: shape (1,)."""
+    check_differentiable(f)
+    gradients = torch.autograd.grad(
+        f.mean(), list(parameters), create_graph=create_graph, retain_graph=True, allow_unused=True
+    )
+    found = [gradient for gradient in gradients if gradient is not None]
+    return total_sq_norm(found).reshape(1) if found else f.new_zeros(1)
+
+
+def closed_param_sq_norm(
+    recording: Recording,
+    gradients: SampleGradients,
+    plan: ParameterPlan,
+    batch_size: int,
+    group_size: int,
+    device: torch.device,
+) -> Tensor:
+    """‖∇ mean_{i ∈ group} f_i‖² over the parameters with a closed form: (groups,)."""
+    whole = batch_size - batch_size % group_size
+    parts = []
+    for start, stop, size in ((0, whole, group_size), (whole, batch_size, batch_size - whole)):
+        if start < stop:
+            calls = {index: _rows(recording.calls[index], start, stop) for index in gradients.deltas}
+            deltas = {index: _slice(delta, start, stop) for index, delta in gradients.deltas.items()}
+            with full_precision(device):
+                sq_norms = _plan_sq_norms(calls, deltas, plan, size)
+            parts.append(
+                sum_tensors(sq_norms) / size**2 if sq_norms else torch.zeros((stop - start) // size, device=device)
+            )
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _plan_sq_norms(
+    calls: Mapping[int, Call], deltas: Mapping[int, Tensor], plan: ParameterPlan, group_size: int
+) -> list[Tensor]:
+    """‖Σ_{i ∈ group} ∇ f_i‖² of every parameter with a closed form, those of one dense layer together."""
+    dense_roles: dict[int, list[str]] = {}
+    sq_norms = []
+    for uses in plan.closed.values():
+        index, role = uses[0]
+        if len(uses) == 1 and closed_form.is_dense_row(calls[index], group_size):
+            dense_roles.setdefault(index, []).append(role)
+            continue
+        contributions = [
+            closed_form.contribution(calls[index], role, deltas[index], group_size) for index, role in uses
+        ]
+        sq_norms.append(closed_form.group_sq_norm(contributions))
+    for index, roles in dense_roles.items():
+        sq_norms.append(closed_form.dense_row_sq_norm(calls[index], roles, deltas[index]))
+    return sq_norms
+
+
+def _slice(tensor: Tensor, start: int, stop: int) -> Tensor:
+    return tensor if start == 0 and stop == tensor.shape[0] else tensor[start:stop]
+
+
+def _rows(call: Call, start: int, stop: int) -> Call:
+    """The call as samples start … stop saw it."""
+    if start == 0 and stop == call.input.shape[0]:
+        return call
+    input = call.checked_input()[start:stop]
+    return call._replace(input=input, input_version=input._version)
+
+
+def _uses_by_parameter(calls: Sequence[Call], walk: GraphWalk) -> dict[int, list[tuple[int, str]]]:
+    """id(parameter) → the calls in the graph of f that use it."""
+    uses: dict[int, list[tuple[int, str]]] = {}
+    for index, call in enumerate(calls):
+        if call.output.node in walk.nodes:
+            for role, tensor in (("weight", call.weight), ("bias", call.bias)):
+                if tensor is not None and tensor.requires_grad:
+                    uses.setdefault(id(tensor), []).append((index, role))
+    return uses
+
+
+def _mapped_sq_norm(
+    model: nn.Module,
+    x: Any,
+    f: Tensor,
+    scalar: ScalarFn,
+    parameters: Mapping[str, Tensor],
+    group_size: int,
+    rng: RngState,
+    create_graph: bool,
+) -> Tensor:
+    """‖∇ mean_{i ∈ group} f_i‖² by a forward pass in which every group has its own copy of the parameters: (groups,)."""
+    batch_size = f.shape[0]
+    shapes = [tuple(tensor.shape) for tensor in tensors_of(x)]
+    if any(shape[:1] != (batch_size,) for shape in shapes):
+        raise ValueError(
+            f"expected dimension 0 of every input tensor to count the {batch_size} samples, got shapes {shapes}"
+        )
+    group_of = torch.arange(batch_size, device=f.device) // group_size
+    sizes = torch.bincount(group_of)
+    copies = {name: parameter.expand(len(sizes), *parameter.shape) for name, parameter in parameters.items()}
+    by_sample = copies if group_size == 1 else {name: copy[group_of] for name, copy in copies.items()}
+
+    def one_sample(copied: dict[str, Tensor], sample: Any) -> Any:
+        output = call_with(model, copied, map_tensors(sample, lambda tensor: tensor.unsqueeze(0)))
+        return map_tensors(output, lambda tensor: tensor.squeeze(0))
+
+    in_dims = (0, map_leaves(x, lambda leaf: 0 if isinstance(leaf, Tensor) else None))
+    try:
+        with rng.replayed():
+            output = torch.vmap(one_sample, in_dims, randomness="different")(by_sample, x)
+    except RuntimeError as error:
+        warnings.warn(
+            f"the gradients of {', '.join(parameters)} are computed one sample at a time, which is slow, because "
+            f"torch.func.vmap cannot run the model: {str(error).splitlines()[0]}",
+            stacklevel=2,
+        )
+        return _looped_sq_norm(f, list(parameters.values()), group_of, create_graph)
+    mapped_f = scalar(output)
+    _check_same_values(f, mapped_f, list(parameters))
+    gradients = torch.autograd.grad(
+        (mapped_f / sizes[group_of]).sum(),
+        list(copies.values()),
+        create_graph=create_graph,
+        allow_unused=True,
+    )
+    return sum_tensors([row_sq_norm(gradient) for gradient in gradients if gradient is not None])
+
+
+def _looped_sq_norm(f: Tensor, parameters: Sequence[Tensor], group_of: Tensor, create_graph: bool) -> Tensor:
+    """‖∇ mean_{i ∈ group} f_i‖² by one backward pass for every group: (groups,)."""
+    norms = []
+    for group in group_of.unique().tolist():
+        gradients = torch.autograd.grad(
+            f[group_of == group].mean(),
+            parameters,
+            create_graph=create_graph,
+            retain_graph=True,
+            allow_unused=True,
+        )
+        norms.append(total_sq_norm([gradient for gradient in gradients if gradient is not None]))
+    return torch.stack(norms)
+
+
+def _check_same_values(f: Tensor, mapped_f: Tensor, names: list[str]) -> None:
+    """The second forward pass must have been the first one, dropout masks and all."""
+    tolerance = rounding_tolerance(f)
+    if not torch.allclose(f.detach(), mapped_f.detach(), rtol=tolerance, atol=tolerance, equal_nan=True):
+        raise RuntimeError(
+            f"the gradients of {', '.join(names)} have no closed form, and the forward pass that finds them sample "
+            "by sample gave other values than the batch did: either the model mixes the samples of a batch "
+            "(dimension 0), or it draws random numbers that cannot be drawn again sample by sample. Exclude these "
+            'parameters with parameters=…, or use over="batch"'
+        )
