@@ -97,6 +97,7 @@ def evaluate_terms(model: nn.Module, x: Any, y: Any, terms: Sequence[tuple[Term,
             norms.append(_input_norms(forward, scalar, term))
         else:
             norms.append(_param_norms(forward, scalar, term, criterion, y))
+    recording.gate.closed = True
     return Evaluation(recording.output, norms)
 
 
@@ -142,7 +143,9 @@ def evaluate_loss_terms(
     for term in terms:
         if isinstance(term, InputTerm):
             sq_norms = (
-                _jacobian_sq_norm(recording, term) if term.of == "output" else gradients.input_sq_norm(found.inputs)
+                _jacobian_sq_norm(model, recording, term)
+                if term.of == "output"
+                else gradients.input_sq_norm(found.inputs)
             )
             norms.append(GroupNorms(sq_norms, torch.ones_like(sq_norms)))
             continue
@@ -164,7 +167,7 @@ def _mixed_by_output(
     """`mixing.find_mixed_calls` for the linearisation of the loss at the model's output."""
     output = recording.output
     if not isinstance(output, Tensor) or output.shape[:1] != (batch_size,) or not output.requires_grad:
-        mixing.check_unambiguous(recording, found, batch_size)
+        mixing.check_unambiguous(total, recording, found, batch_size)
         return frozenset()
     (cotangent,) = torch.autograd.grad(total, output, retain_graph=True, allow_unused=True)
     if cotangent is None or not (found.inputs or found.deltas):
@@ -179,13 +182,14 @@ def _mixed_by_output(
 def _input_norms(forward: _Pass, scalar: _ScalarGradients, term: InputTerm) -> GroupNorms:
     recording = forward.recording
     if term.of == "output":
-        sq_norms = _jacobian_sq_norm(recording, term)
+        sq_norms = _jacobian_sq_norm(forward.model, recording, term)
         return GroupNorms(sq_norms, torch.ones_like(sq_norms))
     _checks.check_input_rows(recording.inputs, scalar.f.shape[0])
     if term.method == "exact":
         mixing.find_mixed_calls(forward.model, scalar.f, scalar.function, recording, scalar.gradients)
         sq_norms = gradients.input_sq_norm(scalar.gradients.inputs)
     else:
+        mixing.check_inputs_unmixed(forward.model, scalar.f, scalar.function, recording)
         sq_norms = finite_difference.input_norm(
             forward.model,
             forward.x,
@@ -199,7 +203,7 @@ def _input_norms(forward: _Pass, scalar: _ScalarGradients, term: InputTerm) -> G
     return GroupNorms(sq_norms, torch.ones_like(sq_norms))
 
 
-def _jacobian_sq_norm(recording: Recording, term: InputTerm) -> Tensor:
+def _jacobian_sq_norm(model: nn.Module, recording: Recording, term: InputTerm) -> Tensor:
     """‖J_i‖_F² over all outputs of sample i: (B,)."""
     output = recording.output
     if not isinstance(output, Tensor) or output.dim() == 0:
@@ -208,9 +212,16 @@ def _jacobian_sq_norm(recording: Recording, term: InputTerm) -> Tensor:
             "(output, target) → (B,) as of=…"
         )
     _checks.check_input_rows(recording.inputs, output.shape[0])
+    mixing.check_inputs_unmixed(model, _generic_combination(output), _generic_combination, recording)
     if term.method == "exact":
-        return gradients.jacobian_sq_norm(output, recording.inputs)
-    return gradients.projected_jacobian_sq_norm(output, recording.inputs, term.num_projections, term.generator)
+        return gradients.jacobian_sq_norm(output, recording)
+    return gradients.projected_jacobian_sq_norm(output, recording, term.num_projections, term.generator)
+
+
+def _generic_combination(output: Tensor) -> Tensor:
+    """One scalar a sample in which no output cancels another: Σ_k cos(k) F_ik, (B,)."""
+    rows = output.reshape(output.shape[0], -1)
+    return rows @ torch.arange(1, rows.shape[1] + 1, device=rows.device, dtype=rows.dtype).cos()
 
 
 def _param_norms(forward: _Pass, scalar: _ScalarGradients, term: ParamTerm, criterion: Criterion, y: Any) -> GroupNorms:

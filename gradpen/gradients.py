@@ -43,7 +43,8 @@ def sample_gradients(
     wanted += [call.output for call in recording.calls] if deltas else []
     if not wanted:
         return SampleGradients([], {})
-    gradients = torch.autograd.grad(total, wanted, create_graph=create_graph, retain_graph=True, allow_unused=True)
+    with recording.gate.towards_inputs():
+        gradients = torch.autograd.grad(total, wanted, create_graph=create_graph, retain_graph=True, allow_unused=True)
     input_count = len(recording.inputs) if inputs else 0
     input_gradients = gradients[:input_count]
     if inputs:
@@ -62,20 +63,21 @@ def input_sq_norm(gradients: Sequence[Tensor]) -> Tensor:
     return sum_tensors([row_sq_norm(gradient) for gradient in gradients])
 
 
-def jacobian_sq_norm(output: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+def jacobian_sq_norm(output: Tensor, recording: Recording) -> Tensor:
     """‖J_i‖_F² = Σ_k ‖∇_x F_ik‖², one backward pass for all outputs k: (B,)."""
     check_differentiable(output)
     rows = output.reshape(output.shape[0], -1)
     outputs = rows.shape[1]
     basis = torch.eye(outputs, dtype=rows.dtype, device=rows.device).unsqueeze(1).expand(-1, rows.shape[0], -1)
-    gradients = torch.autograd.grad(
-        rows, list(inputs), basis, create_graph=True, is_grads_batched=True, allow_unused=True
-    )
+    with recording.gate.towards_inputs():
+        gradients = torch.autograd.grad(
+            rows, recording.inputs, basis, create_graph=True, is_grads_batched=True, allow_unused=True
+        )
     return input_sq_norm([gradient.transpose(0, 1) for gradient in _used(gradients)])
 
 
 def projected_jacobian_sq_norm(
-    output: Tensor, inputs: Sequence[Tensor], num_projections: int, generator: torch.Generator | None
+    output: Tensor, recording: Recording, num_projections: int, generator: torch.Generator | None
 ) -> Tensor:
     """K · mean ‖J_iᵀ v‖² over directions v uniform on the unit sphere of the K outputs: unbiased for ‖J_i‖_F², (B,)."""
     check_differentiable(output)
@@ -85,7 +87,10 @@ def projected_jacobian_sq_norm(
     for _ in range(num_projections):
         normal = torch.randn(rows.shape, generator=generator, device=rows.device, dtype=torch.float32)
         directions = (normal / normal.norm(dim=1, keepdim=True) * outputs**0.5).to(rows.dtype)
-        gradients = torch.autograd.grad(rows, list(inputs), directions, create_graph=True, allow_unused=True)
+        with recording.gate.towards_inputs():
+            gradients = torch.autograd.grad(
+                rows, recording.inputs, directions, create_graph=True, allow_unused=True, retain_graph=True
+            )
         estimates.append(input_sq_norm(_used(gradients)))
     return torch.stack(estimates).mean(0)
 

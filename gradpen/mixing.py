@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gradpen import closed_form
+from gradpen._graph import walk_graph
 from gradpen._numerics import rounding_tolerance
 from gradpen.gradients import SampleGradients, sample_gradients
 from gradpen.recording import Recording
@@ -29,13 +30,8 @@ def find_mixed_calls(
     batch_size = f.shape[0]
     if batch_size == 1:
         return frozenset()
-    calls = [recording.calls[index] for index in gradients.deltas]
-    layout = tuple(call.input.shape[:1] == (batch_size,) for call in calls)
-    known = _mixed_calls.setdefault(model, {})
-    key = (model.training, len(gradients.inputs), layout, _code_of(scalar))
-    if key in known and not _is_ambiguous(
-        recording, gradients, batch_size
-    ):  # as many positions as samples: they could have changed places
+    known, key = _mixed_calls.setdefault(model, {}), _key(model, scalar, recording, gradients, batch_size)
+    if key in known and not _is_ambiguous(f, recording, gradients, batch_size):
         return known[key]
     check_scalar_rows(f, recording.output)
     factors = _row_factors(f)
@@ -64,24 +60,56 @@ def find_mixed_calls(
 _mixed_calls: weakref.WeakKeyDictionary[nn.Module, dict[Any, frozenset[int]]] = weakref.WeakKeyDictionary()
 
 
-def check_unambiguous(recording: Recording, gradients: SampleGradients, batch_size: int) -> None:
+def check_inputs_unmixed(model: nn.Module, f: Tensor, scalar: Callable[[Any], Tensor], recording: Recording) -> None:
+    """`find_mixed_calls` for the inputs alone, without a backward pass if the answer is known.
+
+    Raises:
+        RuntimeError: if f_i depends on the input or the output of other samples than i.
+    """
+    shaped = SampleGradients(recording.inputs, {})
+    known = _key(model, scalar, recording, shaped, len(f)) in _mixed_calls.get(model, {})
+    if not known or _is_ambiguous(f, recording, shaped, len(f)):
+        found = sample_gradients(f.sum(), recording, inputs=True, deltas=False, create_graph=False)
+        find_mixed_calls(model, f, scalar, recording, found)
+
+
+def _key(
+    model: nn.Module,
+    scalar: Callable[[Any], Tensor],
+    recording: Recording,
+    gradients: SampleGradients,
+    batch_size: int,
+) -> Any:
+    layout = tuple(recording.calls[index].input.shape[:1] == (batch_size,) for index in gradients.deltas)
+    return model.training, len(gradients.inputs), layout, _code_of(scalar)
+
+
+def check_unambiguous(root: Tensor, recording: Recording, gradients: SampleGradients, batch_size: int) -> None:
     """Where rows cannot be tried out, they are taken for samples only if they cannot be anything else.
 
     Raises:
-        RuntimeError: if there are as many positions as samples.
+        RuntimeError: if there are as many positions as samples, or rows are picked by index.
     """
-    if batch_size > 1 and _is_ambiguous(recording, gradients, batch_size):
+    if batch_size > 1 and _is_ambiguous(root, recording, gradients, batch_size):
         raise RuntimeError(
-            f"a layer sees as many positions (tokens, pixels) as there are samples, {batch_size}, so it cannot be told "
-            "which dimension counts samples: say which part of the module is the model (model=…), or change the batch size"
+            f"a layer sees as many positions (tokens, pixels) as there are samples, {batch_size}, or rows that were picked "
+            "by index, so it cannot be told which dimension counts samples: say which part of the module is the model "
+            "(model=…), or change the batch size"
         )
 
 
-def _is_ambiguous(recording: Recording, gradients: SampleGradients, batch_size: int) -> bool:
+def _is_ambiguous(root: Tensor, recording: Recording, gradients: SampleGradients, batch_size: int) -> bool:
+    """Whether the next batch may be laid out otherwise though all shapes agree."""
     calls = [recording.calls[index] for index in gradients.deltas]
-    return any(batch_size in closed_form.position_shape(call) for call in calls) or any(
-        batch_size in gradient.shape[1:-1] for gradient in gradients.inputs
+    return (
+        any(batch_size in closed_form.position_shape(call) for call in calls)
+        or any(batch_size in gradient.shape[1:-1] for gradient in gradients.inputs)
+        or any(type(node).__name__.startswith(_REORDERING) for node in walk_graph(root).nodes)
     )
+
+
+# nodes of the graph that can move rows from batch to batch
+_REORDERING = ("Index", "Gather", "Flip", "Roll", "Scatter", "Sort", "Take", "MaskedS")
 
 
 def check_scalar_rows(f: Tensor, output: Any) -> None:

@@ -51,11 +51,13 @@ class Recording:
         output: what the model returned.
         inputs: the floating-point input tensors that the model was fed, in order; they require grad if asked to.
         calls: the parametric calls in the order in which they were made.
+        gate: to be closed when all gradients with respect to the inputs have been taken.
     """
 
     output: Any
     inputs: list[Tensor]
     calls: list[Call] = field(default_factory=list)
+    gate: InputGate = field(default_factory=lambda: InputGate([]))
 
 
 def record_forward(model: nn.Module, x: Any, *, input_grad: bool, calls: bool) -> Recording:
@@ -77,11 +79,13 @@ def record_forward(model: nn.Module, x: Any, *, input_grad: bool, calls: bool) -
             "expected at least one floating-point input tensor to differentiate with respect to, got "
             f"{_describe(x)}: convert it (x.float()), or penalise an embedding instead of integer indices"
         )
-    if not calls:
+    if not (calls or input_grad):
         return Recording(call_model(model, fed), inputs)
-    with CallRecorder() as recorder:
+    given = {id(tensor) for tensor in float_tensors(x)}
+    gate = InputGate([tensor for tensor in inputs if input_grad and id(tensor) not in given])
+    with CallRecorder(gate) as recorder:
         output = call_model(model, fed)
-    return Recording(output, inputs, recorder.calls)
+    return Recording(output, inputs, recorder.calls, gate)
 
 
 def call_model(model: Callable[..., Any], x: Any) -> Any:
@@ -166,12 +170,70 @@ class RngState(NamedTuple):
             now.restore()
 
 
+class InputGate:
+    """Whether gradients still flow back into input aliases that only gradpen knows of.
+
+    They are needed for ∇_x f. The backward pass of the loss would compute them too, for nobody: one product with the
+    first layer's weight, a third of the step of a wide MLP.
+    """
+
+    def __init__(self, aliases: list[Tensor]) -> None:
+        self._aliases = {id(alias) for alias in aliases}
+        self.closed = False
+        self.inputs_only = False
+
+    @contextlib.contextmanager
+    def towards_inputs(self) -> Iterator[None]:
+        """Within the block a backward pass wants gradients of inputs and outputs of layers, not of parameters."""
+        self.inputs_only = True
+        try:
+            yield
+        finally:
+            self.inputs_only = False
+
+    def admits(self, tensor: Tensor) -> bool:
+        """Whether `tensor` is one of the aliases or a view of one, so that nothing but x lies behind it."""
+        if not self._aliases or torch.is_autocast_enabled(tensor.device.type):  # autocast would cast inside F.linear
+            return False
+        node = tensor.grad_fn
+        while node is not None and type(node).__name__ in _VIEW_NODES:
+            node = node.next_functions[0][0]
+        leaf = tensor if tensor.is_leaf else getattr(node, "variable", None)
+        return id(leaf) in self._aliases
+
+
+_VIEW_NODES = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "UnsqueezeBackward0", "AliasBackward0")
+
+
+class _EntryLinear(torch.autograd.Function):
+    """F.linear on an input alias: the same products, but none towards the input once the gate is closed."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None, gate: InputGate) -> Tensor:
+        ctx.save_for_backward(h, weight)
+        ctx.gate = gate
+        return F.linear(h, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        h, weight = ctx.saved_tensors
+        to_input, to_weight, to_bias = ctx.needs_input_grad[:3]
+        gate = ctx.gate
+        return (
+            delta @ weight if to_input and not gate.closed else None,
+            delta.t() @ h if to_weight and not gate.inputs_only else None,
+            delta.sum(0) if to_bias and not gate.inputs_only else None,
+            None,
+        )
+
+
 class CallRecorder(TorchFunctionMode):
     """Within its block, keeps the calls of the layer functions whose outputs carry gradients."""
 
-    def __init__(self) -> None:
+    def __init__(self, gate: InputGate | None = None) -> None:
         super().__init__()
         self.calls: list[Call] = []
+        self._gate = gate or InputGate([])
 
     def __torch_function__(
         self,
@@ -180,10 +242,15 @@ class CallRecorder(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        output = func(*args, **(kwargs or {}))
         read_arguments = _LAYER_FUNCTIONS.get(func)
-        if read_arguments is not None and isinstance(output, Tensor) and output.requires_grad:
-            op, input, weight, bias, options = read_arguments(*args, **(kwargs or {}))
+        if read_arguments is None:
+            return func(*args, **(kwargs or {}))
+        op, input, weight, bias, options = read_arguments(*args, **(kwargs or {}))
+        if op == "linear" and input.dim() == 2 and weight is not None and self._gate.admits(input):
+            output = _EntryLinear.apply(input, weight, bias, self._gate)
+        else:
+            output = func(*args, **(kwargs or {}))
+        if isinstance(output, Tensor) and output.requires_grad:
             edge = _graph.edge_of(output)
             self.calls.append(Call(op, input, weight, bias, options, edge, output.shape, input._version))
         return output

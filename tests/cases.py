@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -425,7 +426,7 @@ class TwoHeads(nn.Module):
 def mlp(*widths: int, activation: Callable[[], nn.Module] = nn.ReLU, bias: bool = True) -> nn.Sequential:
     """Dense layers with an activation between them."""
     modules: list[nn.Module] = []
-    for inputs, outputs in zip(widths, widths[1:], strict=False):
+    for inputs, outputs in pairwise(widths):
         modules += [nn.Linear(inputs, outputs, bias=bias), activation()]
     return nn.Sequential(*modules[:-1])
 

@@ -307,9 +307,14 @@ def test_weight_over_step_interpolates_between_the_plain_gradient_and_sam(proble
     assert ref.relative_error(actual, expected) < 1e-12
 
 
-@pytest.mark.parametrize(("scheme", "ahead", "here", "behind"), [
-    ("forward", 1, 0, 0), ("backward", 0, 2, -1), ("central", 0.5, 1, -0.5),
-])
+@pytest.mark.parametrize(
+    ("scheme", "ahead", "here", "behind"),
+    [
+        ("forward", 1, 0, 0),
+        ("backward", 0, 2, -1),
+        ("central", 0.5, 1, -0.5),
+    ],
+)
 def test_schemes_are_combinations_of_three_gradients(problem, scheme, ahead, here, behind):
     """∇L + r ∇D with r D = L(θ+) − L(θ), L(θ) − L(θ−) or half of L(θ+) − L(θ−)."""
     model, x, y, _ = problem

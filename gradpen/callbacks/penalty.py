@@ -27,10 +27,10 @@ class GradPenaltyCallback(Callback):
 
     The penalties are computed from the graph of that very loss: there is no second forward pass. ``training_step`` is
     wrapped while ``fit`` runs and put back afterwards, also after an exception. Under gradient accumulation every
-    micro-batch is penalised like a batch of its own and averaged as the loss is; under automatic mixed precision the penalties see
-    unscaled gradients. With data-parallel strategies the per-sample penalties equal those of the whole batch, since they
-    are means over samples; ``over="batch"`` is then the mean of the processes' penalties, which differs from that of the
-    whole batch.
+    micro-batch is penalised like a batch of its own and averaged as the loss is; under automatic mixed precision the
+    penalties see unscaled gradients. With data-parallel strategies the per-sample penalties equal those of the whole
+    batch, since they are means over samples; ``over="batch"`` is then the mean of the processes' penalties, which
+    differs from that of the whole batch.
 
     Logged are ``penalty/<name>``, the unweighted R, and ``penalty/share_of_loss``, Σ weight·R over the whole loss.
 

@@ -1,0 +1,64 @@
+# From a bare machine with python3 and make: everything is installed into .venv, once.
+#
+#   make mnist ARGS="--penalty both --epochs 5"     flags of a recipe, passed on
+#   make test PYTEST_ARGS="-k spectral -x"          arguments of pytest, passed on
+#   make test PYTHON=python3.12                     another interpreter, for a .venv that is not there yet
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+PYTEST_ARGS ?= -n 2
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+SETUP := $(VENV)/.setup
+BENCH_SETUP := $(VENV)/.bench
+
+.DEFAULT_GOAL := help
+.PHONY: help setup mnist test lint format docs bench bench-quick clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /:/' | awk -F: '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: $(SETUP)  ## install gradpen and what it needs into .venv (about two minutes, once)
+
+mnist: $(SETUP)  ## train the MNIST recipe; its flags in ARGS="..."
+	$(BIN)/python recipes/mnist.py $(ARGS)
+
+test: lint  ## lint, types and tests, as CI does
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(SETUP)  ## style, docstrings, formatting, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(SETUP)  ## let ruff repair what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(SETUP)  ## build the documentation; warnings are errors
+	$(BIN)/python -m sphinx -W --keep-going -n -q -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+bench: $(BENCH_SETUP)  ## tables of costs beside the peers'
+	$(BIN)/python benchmarks/run.py $(ARGS)
+
+bench-quick: $(BENCH_SETUP)  ## the same, smaller
+	$(BIN)/python benchmarks/run.py --quick $(ARGS)
+
+clean:  ## remove .venv, caches and built pages; data/ and runs/ stay
+	rm -rf $(VENV) docs/_build build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find gradpen tests recipes benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+$(SETUP): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Setting up $(VENV): this takes about two minutes, once."
+	$(PIP) --editable ".[recipes,dev,docs]"
+	@touch $@
+
+$(BENCH_SETUP): $(SETUP)
+	$(PIP) --editable ".[bench]"
+	@touch $@

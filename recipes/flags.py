@@ -1,0 +1,155 @@
+"""The flags that every recipe has, and how a command line or a YAML file becomes them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, TypeVar
+
+from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser
+
+
+class UserError(ValueError):
+    """A mistake in the flags, or data that is not there: shown without a traceback."""
+
+
+@dataclass(kw_only=True)
+class Settings:
+    """Flags that every recipe has.
+
+    Attributes:
+        penalty: which gradient penalties to add to the cross entropy.
+        weight: of the penalty; with --penalty both, of the input penalty. Default: one that helps.
+        param_weight: of the parameter penalty with --penalty both. Default: one that helps.
+        method: how a penalty is computed; projection goes with --of output.
+        of: what the input penalty is about: the loss, or the Jacobian of all outputs.
+        over: the parameter penalty's gradients are those of single samples, of the batch, or of micro-batches (a number).
+        hidden: widths of the hidden layers, separated by commas.
+        activation: between the dense layers.
+        dropout: probability after every activation.
+        weight_decay: of AdamW.
+        epochs: passes over the training images.
+        lr: peak of the one-cycle schedule.
+        batch_size: per process.
+        train_size: train on so many images, drawn by the seed. Default: all.
+        val_size: hold out so many training images, to choose settings by.
+        seed: of everything random.
+        accelerator: as Lightning's Trainer takes it, like the next three.
+        devices: how many, or which.
+        strategy: auto, ddp, ...
+        precision: 32-true, bf16-mixed, 64-true, ...
+        data_dir: where the data is, or is downloaded to.
+        out: folder for the results. Default: runs/<dataset>-<penalty>-s<seed>.
+        resume: go on from the last finished epoch that lies under --out.
+    """
+
+    penalty: Literal["none", "input", "param", "both"] = "none"
+    weight: float | None = None
+    param_weight: float | None = None
+    method: Literal["exact", "projection", "finite_difference"] = "exact"
+    of: Literal["loss", "output"] = "loss"
+    over: int | Literal["sample", "batch"] = "sample"
+    hidden: str = "512,512"
+    activation: Literal["relu", "gelu", "silu", "softplus", "tanh"] = "relu"
+    dropout: float = 0.0
+    weight_decay: float = 0.0
+    epochs: int = 20
+    lr: float = 1e-3
+    batch_size: int = 128
+    train_size: int | None = None
+    val_size: int = 0
+    seed: int = 0
+    accelerator: str = "auto"
+    devices: int | str = 1
+    strategy: str = "auto"
+    precision: str = "32-true"
+    data_dir: str = "data"
+    out: str | None = None
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what would fail later with a worse message."""
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be >= 1, got {getattr(self, name)}")
+        if self.val_size < 0:
+            raise UserError(f"--val-size must be >= 0, got {self.val_size}")
+        if self.param_weight is not None and self.penalty != "both":
+            raise UserError(
+                f"--param-weight is the second weight of --penalty both, got --penalty {self.penalty}: use --weight"
+            )
+        if self.weight and self.penalty == "none":
+            raise UserError(f"--weight {self.weight} needs a penalty to weigh, got --penalty none")
+        self.widths()
+
+    def widths(self) -> list[int]:
+        """The widths of the hidden layers."""
+        parts = [part.strip() for part in self.hidden.split(",") if part.strip()]
+        if not all(part.isdecimal() and int(part) > 0 for part in parts):
+            raise UserError(f"--hidden must be widths >= 1 separated by commas, such as 512,512, got {self.hidden!r}")
+        return [int(part) for part in parts]
+
+
+Some = TypeVar("Some", bound=Settings)
+
+
+def with_default_weights(settings: Some, defaults: Mapping[str, tuple[float, float | None]]) -> Some:
+    """The same settings, with weights where none were given.
+
+    Args:
+        settings: weights may be None.
+        defaults: penalty → (weight, param_weight).
+
+    Raises:
+        UserError: for a variant of the penalties that the defaults were not measured for.
+    """
+    if settings.penalty == "none":
+        return replace(settings, weight=0.0)
+    weight, param_weight = settings.weight, settings.param_weight
+    needed = [weight, param_weight] if settings.penalty == "both" else [weight]
+    if None in needed and (settings.of, settings.over) != ("loss", "sample"):
+        raise UserError(
+            f"--of {settings.of} --over {settings.over} has no default weight: give --weight"
+            f"{' and --param-weight' if settings.penalty == 'both' else ''}"
+        )
+    first, second = defaults[settings.penalty]
+    return replace(
+        settings,
+        weight=first if weight is None else weight,
+        param_weight=second if param_weight is None else param_weight,
+    )
+
+
+class DashedParser(ArgumentParser):
+    """Takes ``--train-size`` for what YAML files call ``train_size``, ``--train_size`` too, and ``--resume`` alone."""
+
+    def add_argument(self, *names: str, **options: Any) -> Any:
+        """Add one flag under both spellings."""
+        dashed = [name.replace("_", "-") for name in names]
+        if options.get("type") is bool:
+            options |= {"action": ActionYesNo(no_prefix=None)}
+            del options["type"]
+        return super().add_argument(*dict.fromkeys([*dashed, *names]), **options)
+
+
+def run_recipe(recipe: Callable[[Some], object], settings: type[Some]) -> None:
+    """Run a recipe from the command line."""
+    try:
+        recipe(parse_flags(settings))
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+def parse_flags(settings: type[Some], args: Sequence[str] | None = None) -> Some:
+    """The settings from flags, and from YAML by ``--config file.yaml``; ``--print_config`` prints such a file.
+
+    Args:
+        settings: a dataclass; its docstring is the help.
+        args: the command line without the program's name; default ``sys.argv``.
+    """
+    parser = DashedParser(description=(settings.__doc__ or "").partition("\n")[0])
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the flags below")
+    parser.add_class_arguments(settings, as_group=False)
+    given = parser.parse_args(None if args is None else list(args))
+    return settings(**{field.name: given[field.name] for field in fields(settings)})

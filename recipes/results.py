@@ -1,0 +1,111 @@
+"""What a run comes to: its summary, a table to read, and the files under --out."""
+
+from __future__ import annotations
+
+import copy
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+from torch.utils.benchmark import Timer
+
+from gradpen import PenalizedLoss
+from gradpen.callbacks import InequalityMonitor
+
+Summary = dict[str, Any]
+REPETITIONS = 15
+
+
+def bound_summary(monitor: InequalityMonitor) -> Summary:
+    """The last check's tightness (means over the probe), and the violations of all checks."""
+    whole = [row for row in monitor.history if row["layer"] == "all"]
+    last = [row for row in monitor.history if row["step"] == whole[-1]["step"]]
+    return {
+        "tightness": whole[-1]["tightness"],
+        "tightness_min": whole[-1]["tightness_min"],
+        "tightness_max": whole[-1]["tightness_max"],
+        "tightness_by_layer": {row["layer"]: row["tightness"] for row in last if row["layer"] != "all"},
+        "input_grad_sq_norm": whole[-1]["input_grad_sq_norm"],
+        "param_grad_sq_norm": whole[-1]["param_grad_sq_norm"],
+        "checks": len(whole),
+        "violations": sum(row["violations"] for row in whole),
+        "undefined": sum(row["undefined"] for row in whole),
+    }
+
+
+def penalty_cost(trainer: Trainer, model: nn.Module, objective: PenalizedLoss, x: Tensor, y: Tensor) -> float:
+    """Time of forward and backward with the penalties, in units of forward and backward without them.
+
+    The median of REPETITIONS measurements of each, taken in turn on a copy of the trained model.
+    """
+    model, objective = copy.deepcopy((model, objective))
+    model.to(x.device).train()
+    precision = trainer.precision_plugin
+    x = precision.convert_input(x)
+
+    def plain() -> None:
+        model.zero_grad()
+        with precision.forward_context():
+            loss = F.cross_entropy(model(x), y)
+        loss.backward()
+
+    def penalised() -> None:
+        model.zero_grad()
+        with precision.forward_context():
+            loss = objective(model, x, y).loss
+        loss.backward()
+
+    timers = [
+        Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads()) for step in (plain, penalised)
+    ]
+    seconds = [[timer.timeit(1).median for timer in timers] for _ in range(REPETITIONS)]
+    return statistics.median(row[1] for row in seconds) / statistics.median(row[0] for row in seconds)
+
+
+def title(summary: Summary) -> str:
+    """One line that says what was trained on what."""
+    weights = {
+        "none": "no penalty",
+        "input": f"input penalty {summary['weight']:g}",
+        "param": f"param penalty {summary['weight']:g}",
+        "both": f"input penalty {summary['weight']:g}, param penalty {summary['param_weight'] or 0:g}",
+    }
+    return f"{summary['dataset_name']}: {weights[summary['penalty']]}, seed {summary['seed']}"
+
+
+def table(summary: Summary, out: Path) -> str:
+    """The results, to be printed."""
+    gap = summary["train_accuracy"] - summary["test_accuracy"]
+    done = "" if summary["completed"] else f" (stopped early, of {summary['epochs']})"
+    rows = [
+        ("data", summary["dataset_name"]),
+        ("test accuracy", f"{summary['test_accuracy']:.2%}"),
+        *([("validation accuracy", f"{summary['val_accuracy']:.2%}")] if summary["val_accuracy"] is not None else []),
+        ("train − test gap", f"{100 * gap:.2f} points (train {summary['train_accuracy']:.2%})"),
+        (
+            "tightness of the bound",
+            f"{summary['tightness']:.3f} (from {summary['tightness_min']:.3f} to {summary['tightness_max']:.3f})",
+        ),
+        *((f"  layer {name}", f"{value:.3f}") for name, value in summary["tightness_by_layer"].items()),
+        ("violations", f"{summary['violations']} in {summary['checks']} checks"),
+        ("penalty's cost", f"{summary['penalty_cost']:.2f} × a plain forward and backward pass"),
+        ("training time", f"{summary['seconds']:.1f} s for {summary['epochs_done']} epochs{done}, checks included"),
+        ("written to", f"{out}/: summary.json, metrics.csv, bound.csv, bound.png"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    heading = title(summary)
+    return "\n".join(["", heading, "-" * len(heading), *(f"{name:<{width}}  {value}" for name, value in rows)])
+
+
+def write_results(out: Path, summary: Summary, monitor: InequalityMonitor) -> None:
+    """Write summary.json, bound.csv and bound.png."""
+    out.mkdir(parents=True, exist_ok=True)
+    monitor.to_csv(out / "bound.csv")
+    monitor.plot(title(summary)).savefig(out / "bound.png", dpi=150)
+    plain = {name: None if value != value else value for name, value in summary.items()}  # JSON has no NaN
+    (out / "summary.json").write_text(json.dumps(plain, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,285 @@
+"""One training run under gradient penalties, from settings to summary: what every recipe shares."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+import signal
+import warnings
+from collections import OrderedDict
+from dataclasses import asdict
+from importlib.util import find_spec
+from itertools import pairwise
+from math import ceil
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from flags import Settings
+from images import ImageBatches, Images
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, Timer, TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from results import Summary, bound_summary, penalty_cost, table, write_results
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
+
+from gradpen import InputGradPenalty, ParamGradPenalty, PenalizedLoss
+from gradpen.callbacks import InequalityMonitor
+from gradpen.penalties import GradPenalty
+
+ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "softplus": nn.Softplus, "tanh": nn.Tanh}
+CHECKS = 40  # of the inequality during a run, evenly spread,
+EARLY_CHECKS = (1, 3, 10, 30, 100)  # and some more, as the bound moves most in the first steps
+PROBE_SIZE = 128
+HARMLESS = (  # warnings
+    ".*does not have many workers",  # slicing a tensor needs none
+    "Checkpoint directory .* exists",
+    ".*LeafSpec.* is deprecated",
+)
+WRITTEN = ("summary.json", "metrics.csv", "bound.csv", "bound.png", "hparams.yaml", "last.ckpt", "tensorboard")
+
+
+def mlp(settings: Settings, num_features: int, num_classes: int) -> nn.Sequential:
+    """Dense layers dense1, dense2, … with activations (and dropout) between them."""
+    layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
+    widths = [num_features, *settings.widths()]
+    for index, (fan_in, fan_out) in enumerate(pairwise(widths), start=1):
+        layers[f"dense{index}"] = nn.Linear(fan_in, fan_out)
+        layers[f"activation{index}"] = ACTIVATIONS[settings.activation]()
+        if settings.dropout:
+            layers[f"dropout{index}"] = nn.Dropout(settings.dropout)
+    layers[f"dense{len(widths)}"] = nn.Linear(widths[-1], num_classes)
+    return nn.Sequential(layers)
+
+
+def penalised_loss(settings: Settings) -> PenalizedLoss:
+    """Cross entropy with the penalties that the settings name."""
+    penalties: list[GradPenalty] = []
+    param_weight = settings.weight
+    if settings.penalty in ("input", "both"):
+        penalties.append(InputGradPenalty(settings.weight or 0.0, of=settings.of, method=settings.method))
+        param_weight = settings.param_weight
+    if settings.penalty in ("param", "both"):
+        penalties.append(ParamGradPenalty(param_weight or 0.0, over=settings.over, method=settings.method))
+    return PenalizedLoss(F.cross_entropy, *penalties)
+
+
+class Classifier(LightningModule):
+    """A model, and the objective that it is trained with.
+
+    Args:
+        model: maps x to logits.
+        objective: called once a step, gives the data loss, the penalties and the logits of one forward pass.
+        num_classes: of the logits.
+        lr: peak of the one-cycle schedule.
+        weight_decay: of AdamW.
+    """
+
+    def __init__(
+        self, model: nn.Module, objective: PenalizedLoss, num_classes: int, lr: float, weight_decay: float
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.objective = objective
+        self.lr = lr
+        self.weight_decay = weight_decay
+        parts = ("train", "val", "test", "train_final")  # the last: all training images, after training
+        self.accuracy = nn.ModuleDict(
+            {f"on_{part}": MulticlassAccuracy(num_classes, average="micro") for part in parts}
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The logits."""
+        return self.model(x)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """One forward pass for the data loss and all penalties."""
+        x, y = batch
+        out = self.objective(self.model, x, y)
+        self.log_dict({f"penalty/{name}": value.detach() for name, value in out.penalties.items()})
+        self.log("data_loss", out.data_loss.detach(), prog_bar=True)
+        self._log_accuracy("train", out.output.detach(), y)
+        return out.loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Accuracy on the images that choose weights."""
+        x, y = batch
+        self._log_accuracy("val", self(x), y)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Accuracy on the test images (data loader 0) and on the training images (1) of the trained network."""
+        x, y = batch
+        self._log_accuracy(("test", "train_final")[dataloader_idx], self(x), y)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with one cycle of the learning rate over the whole run."""
+        optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=self.lr, total_steps=steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _log_accuracy(self, part: str, logits: Tensor, y: Tensor) -> None:
+        metric = cast("MulticlassAccuracy", self.accuracy[f"on_{part}"])
+        metric.update(logits, y)
+        self.log(f"accuracy/{part}", metric, on_step=False, on_epoch=True, prog_bar=True, add_dataloader_idx=False)
+
+
+def train(settings: Settings, images: Images, model: nn.Module, objective: PenalizedLoss) -> Summary:
+    """Train, watch the inequality, read the test images once, and write everything under --out.
+
+    Args:
+        settings: all flags, default weights filled in.
+        images: the splits.
+        model: maps images to logits.
+        objective: the data loss and the penalties.
+
+    Returns:
+        What summary.json holds.
+    """
+    out = Path(settings.out or f"runs/{images.key}-{settings.penalty}-s{settings.seed}")
+    checkpoint = out / "last.ckpt" if settings.resume and (out / "last.ckpt").exists() else None
+    if checkpoint is None:
+        _clear(out)
+    monitor = _monitor(settings, images)
+    timer = Timer()
+    trainer = _trainer(settings, images, out, checkpoint, [timer, monitor])
+    rank_zero_info(
+        f"{images.name}: {len(images.train.y):,} training, {len(images.val.y):,} validation, "
+        f"{len(images.test.y):,} test images; results go to {out}"
+    )
+    classifier = Classifier(model, objective, images.num_classes, settings.lr, settings.weight_decay)
+    batches = ImageBatches(images, settings.batch_size, settings.seed)
+    with warnings.catch_warnings():
+        for harmless in HARMLESS:
+            warnings.filterwarnings("ignore", message=harmless)
+        completed = _fit(trainer, classifier, batches, checkpoint)
+        metrics: dict[str, Any] = dict(trainer.callback_metrics)
+        for found in trainer.test(classifier, datamodule=batches, verbose=False):
+            metrics |= found
+    summary: Summary = {
+        **_recorded(settings),
+        "dataset": images.key,
+        "dataset_name": images.name,
+        "completed": completed,
+        "epochs_done": trainer.current_epoch,
+        "train_images": len(images.train.y),
+        "test_accuracy": round(float(metrics["accuracy/test"]), 6),
+        "train_accuracy": round(float(metrics["accuracy/train_final"]), 6),
+        "val_accuracy": round(float(metrics["accuracy/val"]), 6) if "accuracy/val" in metrics else None,
+        **bound_summary(monitor),
+        "penalty_cost": penalty_cost(trainer, model, objective, *batches.train.rows(slice(settings.batch_size))),
+        "seconds": timer.time_elapsed("train"),
+        "device": str(trainer.strategy.root_device),
+        "processes": trainer.world_size,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    if trainer.is_global_zero:
+        write_results(out, summary, monitor)
+        print(table(summary, out))
+    return summary
+
+
+def _monitor(settings: Settings, images: Images) -> InequalityMonitor:
+    """Watches the inequality on a few training images, always the same ones."""
+    double = settings.precision.startswith("64")
+    return InequalityMonitor(
+        every_n_steps=max(10, settings.epochs * _steps_per_epoch(settings, images) // CHECKS),
+        at=EARLY_CHECKS,
+        probe=images.probe(PROBE_SIZE, torch.float64 if double else torch.float32),
+        model="model",
+        criterion=F.cross_entropy,
+    )
+
+
+def _trainer(
+    settings: Settings, images: Images, out: Path, checkpoint: Path | None, callbacks: list[Callback]
+) -> Trainer:
+    """Lightning's Trainer, with a progress bar, two loggers and the last epoch's checkpoint."""
+    refresh = 20  # steps; drawing the bar at each would cost as much as a step
+    bar = RichProgressBar(refresh_rate=refresh) if find_spec("rich") else TQDMProgressBar(refresh_rate=refresh)
+    last = ModelCheckpoint(
+        dirpath=out, filename="last", save_top_k=1, save_on_train_epoch_end=True, enable_version_counter=False
+    )
+    return Trainer(
+        accelerator=settings.accelerator,
+        devices=settings.devices,
+        strategy=settings.strategy,
+        precision=settings.precision,  # type: ignore[arg-type]  # Lightning checks it
+        max_epochs=settings.epochs,
+        callbacks=[*callbacks, last, bar],
+        logger=_loggers(out, settings, checkpoint),
+        log_every_n_steps=min(50, max(1, _steps_per_epoch(settings, images) // 4)),
+        deterministic="warn",
+        use_distributed_sampler=False,  # the batches are shared out by process already
+        num_sanity_val_steps=0,
+        limit_val_batches=None if len(images.val.y) else 0,
+        enable_model_summary=False,
+    )
+
+
+def _steps_per_epoch(settings: Settings, images: Images) -> int:
+    return ceil(len(images.train.y) / settings.batch_size)
+
+
+def _fit(trainer: Trainer, classifier: Classifier, batches: ImageBatches, checkpoint: Path | None) -> bool:
+    """Train; False if Ctrl-C ended it early, in which case what was trained so far is still evaluated."""
+    try:
+        trainer.fit(classifier, datamodule=batches, ckpt_path=checkpoint)
+    except SystemExit:  # Lightning's answer to KeyboardInterrupt
+        if not trainer.interrupted or trainer.world_size > 1:
+            raise
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        rank_zero_info("Stopped early. Go on later with --resume.")
+    return not trainer.interrupted
+
+
+def _loggers(out: Path, settings: Settings, checkpoint: Path | None) -> list[Logger]:
+    """TensorBoard and metrics.csv; on a resume the rows up to the checkpoint stay."""
+    kept = [] if checkpoint is None else _rows_until(out / "metrics.csv", _step_of(checkpoint))
+    rows_logger = CSVLogger(out, name="", version="")
+    _write_again(rows_logger, kept)
+    loggers: list[Logger] = [TensorBoardLogger(out, name="tensorboard", version=""), rows_logger]
+    for logger in loggers:
+        logger.log_hyperparams(_recorded(settings))
+    return loggers
+
+
+def _recorded(settings: Settings) -> dict[str, Any]:
+    """The flags that say what was run."""
+    return {name: value for name, value in asdict(settings).items() if name != "resume"}
+
+
+@rank_zero_only
+def _write_again(logger: CSVLogger, rows: list[dict[str, Any]]) -> None:
+    """Lightning's logger removes the file that it finds, so its rows are logged once more."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Experiment logs directory .* exists")
+        logger.experiment.metrics.extend(rows)
+    logger.save()
+
+
+@rank_zero_only
+def _clear(out: Path) -> None:
+    """Remove an earlier run's results, so that no file of it stays beside the new ones."""
+    for name in WRITTEN:
+        if (out / name).is_dir():
+            shutil.rmtree(out / name)
+        else:
+            (out / name).unlink(missing_ok=True)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"])
+
+
+def _rows_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """The rows of metrics.csv that the resumed run will not write again."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [{name: value for name, value in row.items() if value} for row in csv.DictReader(file)]
+    return [row for row in rows if int(row["step"]) <= step and "accuracy/test" not in row]

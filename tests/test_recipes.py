@@ -1,0 +1,291 @@
+"""The recipes end to end, on the digits embedded in scikit-learn; on MNIST itself where it lies beside the checkout."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from itertools import chain
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import pytest
+import torch
+
+for needed in ("jsonargparse", "matplotlib", "sklearn", "tensorboard", "torchvision"):
+    pytest.importorskip(needed, reason='the recipes need pip install "gradpen[recipes]"')
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "recipes"))
+
+import flags  # noqa: E402
+import images  # noqa: E402
+import mnist  # noqa: E402
+import training  # noqa: E402
+
+SMALL = ("--dataset", "digits", "--hidden", "32,16", "--epochs", "2", "--accelerator", "cpu")
+FILES = ("summary.json", "metrics.csv", "bound.csv", "bound.png", "hparams.yaml", "last.ckpt")
+KEYS = {"dataset", "penalty", "weight", "seed", "epochs", "test_accuracy", "train_accuracy", "tightness", "violations"}
+MNIST_DIR = next(
+    (folder for folder in (ROOT / "data", ROOT.parent / "shared" / "data") if (folder / "MNIST" / "raw").is_dir()), None
+)
+
+Run = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Run]:
+    """Runs recipes/mnist.py in this process: run("--penalty", "param", out="a") → summary."""
+
+    def run_recipe(*args: str, out: str = "run", small: tuple[str, ...] = SMALL) -> dict[str, Any]:
+        return mnist.main(flags.parse_flags(mnist.MnistSettings, [*small, "--out", str(tmp_path / out), *args]))
+
+    yield run_recipe
+    torch.use_deterministic_algorithms(False)  # the trainer has set it
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every server is out of reach."""
+
+    def fail(url: str, timeout: float) -> None:
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(mnist, "urlopen", fail)
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def without_clock(summary: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in summary.items() if name not in ("seconds", "penalty_cost", "out")}
+
+
+# ---- whole runs -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("penalty", ["none", "input", "param", "both"])
+def test_a_run_ends_with_every_result(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture, penalty: str) -> None:
+    summary = run("--penalty", penalty)
+    assert summary == json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
+    assert summary.keys() >= KEYS | {"seconds"}
+    assert (summary["dataset"], summary["penalty"], summary["epochs"]) == ("digits", penalty, 2)
+    assert summary["violations"] == 0
+    assert 0 < summary["tightness"] <= 1
+    assert 0.1 < summary["test_accuracy"] <= 1
+    assert 0.1 < summary["train_accuracy"] <= 1
+    for name in FILES:
+        assert (tmp_path / "run" / name).stat().st_size > 0
+    assert list((tmp_path / "run" / "tensorboard").glob("events*"))
+    bound = rows(tmp_path / "run" / "bound.csv")
+    assert {row["layer"] for row in bound} == {"all", "dense1", "dense2", "dense3"}
+    assert all(0 < float(row["lhs"]) <= float(row["rhs"]) < math.inf for row in bound if row["layer"] == "all")
+    logged = set(rows(tmp_path / "run" / "metrics.csv")[0])
+    names = {"none": [], "both": ["input", "param"]}.get(penalty, [penalty])
+    assert logged >= {"data_loss", "accuracy/train", "bound/lhs", "bound/dense1/tightness"}
+    assert {name for name in logged if name.startswith("penalty/")} == {f"penalty/{name}" for name in names}
+    printed = capsys.readouterr().out
+    assert "scikit-learn digits (8×8, 1,797 images)" in printed
+    for line in ("test accuracy", "train − test gap", "tightness", "layer dense2", "violations", "penalty's cost"):
+        assert line in printed
+
+
+def test_equal_seeds_give_equal_runs(run: Run, tmp_path: Path) -> None:
+    same = [run("--penalty", "both", "--dropout", "0.1", out=out) for out in ("a", "b")]
+    other = run("--penalty", "both", "--dropout", "0.1", "--seed", "1", out="c")
+    assert without_clock(same[0]) == without_clock(same[1])
+    assert rows(tmp_path / "a" / "metrics.csv") == rows(tmp_path / "b" / "metrics.csv")
+    assert other["tightness"] != same[0]["tightness"]
+
+
+def test_a_stopped_run_has_results_and_resumes_to_the_same_end(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unbroken = run("--penalty", "param", out="unbroken")
+    set_epoch = images.EpochBatches.set_epoch
+
+    def press_ctrl_c(self: images.EpochBatches, epoch: int) -> None:
+        if epoch == 1 and self.shuffle_seed is not None:  # the second training epoch
+            raise KeyboardInterrupt
+        set_epoch(self, epoch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(images.EpochBatches, "set_epoch", press_ctrl_c)
+        stopped = run("--penalty", "param", out="stopped")
+    assert not stopped["completed"]
+    assert stopped["epochs_done"] == 1
+    assert (tmp_path / "stopped" / "bound.png").exists()
+    resumed = run("--penalty", "param", "--resume", out="stopped")
+    assert without_clock(resumed) == without_clock(unbroken)
+    for name in ("bound.csv", "metrics.csv"):
+        assert rows(tmp_path / "stopped" / name) == rows(tmp_path / "unbroken" / name)
+
+
+def test_a_validation_split_is_reported(run: Run) -> None:
+    summary = run("--val-size", "200", "--train-size", "1000", "--epochs", "1")
+    assert summary["train_images"] == 1000
+    assert 0 < summary["val_accuracy"] <= 1
+
+
+def test_variants_run(run: Run) -> None:
+    summary = run(
+        *("--penalty", "input", "--of", "output", "--method", "projection", "--weight", "0.01"),
+        *("--activation", "tanh", "--precision", "64-true", "--epochs", "1", "--hidden", "16"),
+    )
+    assert summary["violations"] == 0
+    assert list(summary["tightness_by_layer"]) == ["dense1", "dense2"]
+
+
+def test_the_command_line_falls_back_to_the_digits(tmp_path: Path) -> None:
+    """The real thing, in a process of its own; the data folder is a file, so nothing can be read or downloaded."""
+    (tmp_path / "data").write_text("not a folder")
+    command = [sys.executable, str(ROOT / "recipes" / "mnist.py"), "--penalty=param", "--hidden", "16", "--epochs", "1"]
+    dashed = ["--train-size", "300", "--batch-size=64", "--data-dir", "data", "--accelerator", "cpu"]
+    done = subprocess.run(
+        [*command, *dashed],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Using scikit-learn digits (8×8, 1,797 images) instead" in done.stderr
+    assert "not about MNIST" in done.stderr
+    assert "scikit-learn digits (8×8, 1,797 images): param penalty" in done.stdout
+    summary = json.loads((tmp_path / "runs" / "digits-param-s0" / "summary.json").read_text(encoding="utf-8"))
+    assert (summary["dataset"], summary["train_images"], summary["batch_size"]) == ("digits", 300, 64)
+
+
+@pytest.mark.data
+@pytest.mark.skipif(MNIST_DIR is None, reason="MNIST is neither in data/ nor in ../shared/data")
+def test_a_run_on_mnist(run: Run) -> None:
+    small = ("--train-size", "1000", "--epochs", "3", "--hidden", "64", "--accelerator", "cpu")
+    summary = run("--penalty", "param", "--data-dir", str(MNIST_DIR), small=small)
+    assert (summary["dataset"], summary["dataset_name"]) == ("mnist", "MNIST")
+    assert summary["test_accuracy"] > 0.5
+    assert summary["violations"] == 0
+
+
+# ---- flags and data -------------------------------------------------------------------------------------------------
+
+
+def parse(*args: str) -> mnist.MnistSettings:
+    return flags.parse_flags(mnist.MnistSettings, args)
+
+
+@pytest.mark.parametrize("spelling", ["--train-size=50", "--train_size=50"])
+def test_flags_are_taken_with_dashes_and_underscores(spelling: str) -> None:
+    assert parse(spelling).train_size == 50
+
+
+def test_print_config_writes_what_config_reads(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    given = ("--penalty=both", "--weight=0.3", "--param-weight=0.01", "--hidden", "512,512", "--over", "4", "--resume")
+    with pytest.raises(SystemExit):
+        parse(*given, "--print_config")
+    file = tmp_path / "settings.yaml"
+    file.write_text(capsys.readouterr().out)
+    assert parse("--config", str(file)) == parse(*given)
+    assert parse("--config", str(file), "--batch-size", "7").batch_size == 7
+
+
+def test_the_written_hparams_are_a_config(run: Run, tmp_path: Path) -> None:
+    summary = run("--penalty", "input", "--epochs", "1")
+    again = parse("--config", str(tmp_path / "run" / "hparams.yaml"))
+    assert (again.weight, again.dataset, again.widths()) == (summary["weight"], "digits", [32, 16])
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--hidden", "512,x"), "--hidden must be widths >= 1 separated by commas, such as 512,512, got '512,x'"),
+        (("--epochs", "0"), "--epochs must be >= 1, got 0"),
+        (("--param-weight", "1"), "--param-weight is the second weight of --penalty both, got --penalty none"),
+        (("--weight", "1"), "--weight 1.0 needs a penalty"),
+        (("--penalty", "param", "--over", "batch"), "--over batch has no default weight: give --weight"),
+        (("--dataset", "digits", "--train-size", "5000"), "has 1,438 training images"),
+    ],
+)
+def test_mistakes_are_named(args: tuple[str, ...], message: str) -> None:
+    with pytest.raises(flags.UserError, match=message.replace("(", r"\(")):
+        mnist.main(parse(*args))
+
+
+def test_mnist_without_files_and_network_is_an_error(no_network: None, tmp_path: Path) -> None:
+    with pytest.raises(flags.UserError, match=r"MNIST is not in .* downloading it failed .*Name or service not known"):
+        mnist.load("mnist", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_auto_without_files_and_network_is_the_digits(no_network: None, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"Using scikit-learn digits \(8×8, 1,797 images\) instead"):
+        found = mnist.load("auto", tmp_path)
+    assert found.key == "digits"
+    assert len(found.train.y) + len(found.test.y) == 1797
+
+
+def test_a_network_that_hangs_is_given_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    end_of_test = Event()
+
+    def hang(url: str, timeout: float) -> nullcontext[None]:
+        end_of_test.wait()
+        return nullcontext()
+
+    monkeypatch.setattr(mnist, "urlopen", hang)
+    with pytest.raises(OSError, match="no server answered within"):
+        mnist.check_any_answers(["a", "b"], seconds=0.05)
+    end_of_test.set()
+
+
+def test_one_server_that_answers_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(url: str, timeout: float) -> nullcontext[None]:
+        if url == "down":
+            raise OSError("down")
+        return nullcontext()
+
+    monkeypatch.setattr(mnist, "urlopen", answer)
+    mnist.check_any_answers(["down", "up"], seconds=60)
+
+
+def test_splits_do_not_overlap() -> None:
+    digits = mnist.load_digits()
+    split = digits.split(train_size=300, val_size=100, seed=0)
+    assert torch.equal(split.val.x, digits.train.x[-100:])
+    rest = {tuple(row.tolist()) for row in digits.train.x[:-100].flatten(1)}
+    assert all(tuple(row.tolist()) in rest for row in split.train.x.flatten(1))
+    assert len(split.train.y) == 300
+    assert not torch.equal(split.train.y, digits.split(train_size=300, val_size=100, seed=1).train.y)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_batches_cover_the_data_whatever_the_number_of_processes(world_size: int) -> None:
+    def indices(epoch: int, shuffle_seed: int | None) -> list[list[int]]:
+        shares = []
+        for rank in range(world_size):
+            batches = images.EpochBatches(100, 8, shuffle_seed=shuffle_seed, rank=rank, world_size=world_size)
+            batches.set_epoch(epoch)
+            drawn = list(batches)
+            assert len(drawn) == len(batches)
+            shares.append(torch.cat(drawn).tolist())
+        return shares
+
+    in_order, shuffled = indices(0, None), indices(0, 7)
+    assert sorted(chain(*in_order)) == list(range(100))
+    assert len({len(share) for share in shuffled}) == 1  # processes train in step
+    assert len(set(chain(*shuffled))) == 100 // world_size * world_size
+    assert shuffled == indices(0, 7) != indices(1, 7)
+
+
+def test_the_objective_has_the_penalties_of_the_flags() -> None:
+    settings = flags.with_default_weights(parse("--penalty", "both", "--param-weight", "0.5"), mnist.DEFAULT_WEIGHTS)
+    penalties = {penalty.name: penalty.weight for penalty in training.penalised_loss(settings).penalties}
+    assert penalties == {"input": mnist.DEFAULT_WEIGHTS["both"][0], "param": 0.5}
