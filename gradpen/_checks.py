@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -71,6 +72,18 @@ def check_not_compiled(model: nn.Module, method: str) -> None:
                 f'method="{method}" differentiates a gradient, and PyTorch cannot do that through a module '
                 "compiled with torch.compile. Two ways work: pass the original (uncompiled) module, whose "
                 'parameters are the same, or use method="finite_difference", which needs first derivatives only'
+            )
+
+
+def warn_of_wrong_second_derivatives(model: nn.Module) -> None:
+    """The fused kernel of torch's weight_norm fails gradgradcheck: values are right, their gradients are not."""
+    for name, module in model.named_modules():
+        hooks = module._forward_pre_hooks.values()
+        if "_WeightNorm" in type(module).__name__ or any(type(hook).__name__ == "WeightNorm" for hook in hooks):
+            warnings.warn(
+                f"layer {name!r} uses torch's weight_norm, whose second derivative is wrong in PyTorch: the penalty's value is "
+                'right, its gradient is not. Use method="finite_difference", or a parametrisation written in plain operations',
+                stacklevel=2,
             )
 
 

@@ -291,6 +291,7 @@ def _check_call(model: nn.Module, terms: Sequence[Term]) -> None:
     for term in terms:
         if term.method != "finite_difference":
             _checks.check_not_compiled(model, term.method)
+            _checks.warn_of_wrong_second_derivatives(model)
         if isinstance(term, InputTerm):
             _checks.check_no_batch_statistics(model, "the input penalty")
             continue

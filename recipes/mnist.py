@@ -31,7 +31,7 @@ from torchvision.datasets import MNIST
 from training import mlp, penalised_loss, train
 
 # Chosen on the last 10,000 training images: see README.md.
-DEFAULT_WEIGHTS = {"input": (1.0, None), "param": (0.001, None), "both": (1.0, 0.001)}
+DEFAULT_WEIGHTS = {"input": (10.0, None), "param": (0.003, None), "both": (10.0, 0.003)}
 MNIST_MEAN, MNIST_STD = 0.1307, 0.3081
 NETWORK_SECONDS = 5.0
 
