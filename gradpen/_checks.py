@@ -81,8 +81,8 @@ def warn_of_wrong_second_derivatives(model: nn.Module) -> None:
         hooks = module._forward_pre_hooks.values()
         if "_WeightNorm" in type(module).__name__ or any(type(hook).__name__ == "WeightNorm" for hook in hooks):
             warnings.warn(
-                f"layer {name!r} uses torch's weight_norm, whose second derivative is wrong in PyTorch: the penalty's value is "
-                'right, its gradient is not. Use method="finite_difference", or a parametrisation written in plain operations',
+                f"layer {name!r} uses torch's weight_norm, whose second derivative is wrong in PyTorch: the penalty's value "
+                'is right, its gradient is not. Use method="finite_difference", or a parametrisation in plain operations',
                 stacklevel=2,
             )
 
