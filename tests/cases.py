@@ -99,6 +99,12 @@ LOSSES = [
     ),
     Loss("cross_entropy_sum", nn.CrossEntropyLoss(reduction="sum"), cross_entropy_row, "class"),
     Loss("mse_sum", nn.MSELoss(reduction="sum"), partial(squared_error_row, mean=False), "like_output"),
+    Loss(
+        "kl_div_batchmean",
+        nn.KLDivLoss(reduction="batchmean"),
+        lambda o, t: (t * (t.log() - o)).sum(),
+        "like_output",
+    ),
     Loss("mse_none", nn.MSELoss(reduction="none"), squared_error_row, "like_output"),
     Loss("bce_with_logits", F.binary_cross_entropy_with_logits, binary_cross_entropy_row, "like_output"),
     Loss("bce_with_logits_module", nn.BCEWithLogitsLoss(), binary_cross_entropy_row, "like_output"),

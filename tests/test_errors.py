@@ -21,6 +21,15 @@ def model() -> nn.Module:
     return cases.mlp(4, 6, 3)
 
 
+class OwnMean(nn.Module):
+    """A reduction that only its author knows."""
+
+    reduction = "mean_over_valid"
+
+    def forward(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return (output - target).square().mean()
+
+
 CONSTRUCTORS = [
     (lambda: InputGradPenalty(-0.1), ValueError, r"weight.*>= 0.*-0\.1"),
     (lambda: ParamGradPenalty(-0.1), ValueError, r"weight.*>= 0.*-0\.1"),
@@ -58,6 +67,7 @@ CONSTRUCTORS = [
     (lambda: InputGradPenalty(target=-1.0), ValueError, "target.*-1"),
     (lambda: InputGradPenalty(one_sided=True), ValueError, "one_sided.*target"),
     (lambda: InputGradPenalty(criterion="mse"), TypeError, "criterion.*'mse'"),
+    (lambda: InputGradPenalty(criterion=OwnMean()), ValueError, "OwnMean.*mean.*got 'mean_over_valid'"),
     (lambda: PenalizedLoss("mse"), TypeError, "criterion.*'mse'"),
     (lambda: PenalizedLoss(F.mse_loss, InputGradPenalty(), InputGradPenalty()), ValueError, "'input'.*name="),
     (lambda: PenalizedLoss(F.mse_loss, 0.1), TypeError, "InputGradPenalty.*float"),
