@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -26,11 +26,12 @@ def edge_of(tensor: Tensor) -> GradientEdge:
 def walk_graph(root: Tensor, stop_at: Collection[Any] = ()) -> GraphWalk:
     """Visit the graph under `root` once, not looking behind the nodes in `stop_at`.
 
-    Autocast casts a parameter once and hands the copy to everything that uses it: such a cast counts as often as it is used.
+    A view or a cast of a parameter counts as often as it is used: autocast casts once for all uses, and the derivative of a
+    dense layer, taken inside the model, uses the very transpose that the layer made.
     """
     nodes: set[Any] = set(stop_at)
     leaves: dict[int, Tensor] = {}
-    users: Counter[Any] = Counter()  # node → edges that lead to it
+    users: dict[Any, list[Any]] = {}  # view or cast → the nodes that use it, as often as they do
     leaf_users: list[tuple[int, Any]] = []  # (id(leaf), node that uses it)
     pending = [] if root.grad_fn is None else [root.grad_fn]
     while pending:
@@ -41,16 +42,27 @@ def walk_graph(root: Tensor, stop_at: Collection[Any] = ()) -> GraphWalk:
         for parent, _ in node.next_functions:
             if parent is None:
                 continue
-            users[parent] += 1
-            if type(parent).__name__ == "AccumulateGrad":
+            kind = type(parent).__name__
+            if kind == "AccumulateGrad":
                 leaf: Tensor = getattr(parent, "variable")  # absent from the type stubs
                 leaves[id(leaf)] = leaf
                 leaf_users.append((id(leaf), node))
                 nodes.add(parent)
-            else:
-                pending.append(parent)
+                continue
+            if kind in _PASSING_ON:
+                users.setdefault(parent, []).append(node)
+            pending.append(parent)
     leaf_edges: Counter[int] = Counter()
     for leaf_id, node in leaf_users:
-        is_cast = type(node).__name__ == "ToCopyBackward0"
-        leaf_edges[leaf_id] += users[node] if is_cast else 1
+        leaf_edges[leaf_id] += _count_uses(node, users)
     return GraphWalk(nodes, leaves, leaf_edges)
+
+
+def _count_uses(node: Any, users: Mapping[Any, Sequence[Any]]) -> int:
+    """1 for a node that computes something, for a view or a cast the uses of what it hands on."""
+    if node not in users:
+        return 1
+    return sum(_count_uses(user, users) for user in users[node])
+
+
+_PASSING_ON = ("ToCopyBackward0", "TBackward0", "TransposeBackward0", "PermuteBackward0", "ViewBackward0")

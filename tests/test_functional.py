@@ -583,3 +583,25 @@ def test_checkpointed_activations():
     plain, x, y, _ = cases.find("tanh").problem()
     model = Checkpointed(*plain)
     check(param_grad_sq_norm(model, x, y), ref.param_grad_sq_norm(plain, x, y, cases.cross_entropy_row), plain)
+
+
+class Force(nn.Module):
+    """−∇_x of an energy: the weights are used in the forward pass and again in its derivative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.energy = cases.mlp(4, 5, 1, activation=nn.Tanh)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x if x.requires_grad else x.detach().requires_grad_()
+        return -torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)[0]
+
+
+def test_a_model_that_differentiates_itself():
+    model, (_, x, _, _) = Force().double(), cases.find("tanh").problem()
+    y = torch.rand_like(x)
+    with pytest.warns(UserWarning, match="one sample at a time"):
+        actual = param_grad_sq_norm(model, x, y, criterion=F.mse_loss)
+    check(actual, ref.param_grad_sq_norm(model, x, y, cases.squared_error_row), model)
+    actual = input_grad_sq_norm(model, x, y, criterion=F.mse_loss)
+    check(actual, ref.input_grad_sq_norm(model, x, y, cases.squared_error_row), model)
