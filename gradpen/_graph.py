@@ -58,6 +58,12 @@ def walk_graph(root: Tensor, stop_at: Collection[Any] = ()) -> GraphWalk:
     return GraphWalk(nodes, leaves, leaf_edges)
 
 
+def reached_around(root: Tensor, parameters: Mapping[str, Tensor], replacements: Sequence[Tensor]) -> list[str]:
+    """Names of the parameters that `root` depends on otherwise than through `replacements`, which took their places."""
+    leaves = walk_graph(root, stop_at=[tensor.grad_fn for tensor in replacements]).leaves
+    return [name for name, parameter in parameters.items() if id(parameter) in leaves]
+
+
 def _count_uses(node: Any, users: Mapping[Any, Sequence[Any]]) -> int:
     """1 for a node that computes something, for a view or a cast the uses of what it hands on."""
     if node not in users:

@@ -7,14 +7,14 @@ go through `torch.func`: one forward pass with a copy of these parameters for ev
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from gradpen import closed_form
-from gradpen._graph import GraphWalk, walk_graph
+from gradpen._graph import GraphWalk, reached_around, walk_graph
 from gradpen._numerics import full_precision, rounding_tolerance, row_sq_norm, sum_tensors, total_sq_norm
 from gradpen.gradients import SampleGradients, check_differentiable
 from gradpen.mixing import find_mixed_calls
@@ -243,13 +243,13 @@ def _mapped_sq_norm(
         with rng.replayed():
             output = torch.vmap(one_sample, in_dims, randomness="different")(by_sample, x)
     except RuntimeError as error:
-        warnings.warn(
-            f"the gradients of {', '.join(parameters)} are computed one sample at a time, which is slow, because "
-            f"torch.func.vmap cannot run the model: {str(error).splitlines()[0]}",
-            stacklevel=2,
-        )
+        _warn_of_loop(parameters, f"torch.func.vmap cannot run the model: {str(error).splitlines()[0]}")
         return _looped_sq_norm(f, list(parameters.values()), group_of, create_graph)
     mapped_f = scalar(output)
+    around = reached_around(mapped_f, parameters, list(copies.values()))
+    if around:
+        _warn_of_loop(parameters, f"the criterion, or what is no part of the model, uses {', '.join(around)}")
+        return _looped_sq_norm(f, list(parameters.values()), group_of, create_graph)
     _check_same_values(f, mapped_f, list(parameters))
     gradients = torch.autograd.grad(
         (mapped_f / sizes[group_of]).sum(),
@@ -258,6 +258,13 @@ def _mapped_sq_norm(
         allow_unused=True,
     )
     return sum_tensors([row_sq_norm(gradient) for gradient in gradients if gradient is not None])
+
+
+def _warn_of_loop(names: Iterable[str], reason: str) -> None:
+    warnings.warn(
+        f"the gradients of {', '.join(names)} are computed one sample at a time, which is slow, because {reason}",
+        stacklevel=3,
+    )
 
 
 def _looped_sq_norm(f: Tensor, parameters: Sequence[Tensor], group_of: Tensor, create_graph: bool) -> Tensor:

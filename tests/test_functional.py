@@ -605,3 +605,47 @@ def test_a_model_that_differentiates_itself():
     check(actual, ref.param_grad_sq_norm(model, x, y, cases.squared_error_row), model)
     actual = input_grad_sq_norm(model, x, y, criterion=F.mse_loss)
     check(actual, ref.input_grad_sq_norm(model, x, y, cases.squared_error_row), model)
+
+
+class Uncertain(nn.Module):
+    """A dense net with a log variance that only the criterion uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = cases.mlp(4, 6, 3, activation=nn.Tanh)
+        self.log_variance = nn.Parameter(torch.randn(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x)
+
+
+def uses_of_parameters_by_the_criterion():
+    model, (_, x, _, _) = Uncertain().double(), cases.find("tanh").problem()
+
+    def likelihood(output, target):
+        return ((output - target).square() * (-model.log_variance).exp() + model.log_variance).sum(1)
+
+    def decayed(output, target):
+        return (output - target).square().sum(1) + 0.1 * model.net[0].weight.square().sum()
+
+    return model, x, torch.rand(cases.B, 3, dtype=torch.float64), {"likelihood": likelihood, "decayed": decayed}
+
+
+@pytest.mark.parametrize("over", ["sample", 2, "batch"])
+@pytest.mark.parametrize("name", ["likelihood", "decayed"])
+def test_parameters_that_the_criterion_uses(name, over):
+    model, x, y, criteria = uses_of_parameters_by_the_criterion()
+    row = lambda output, target: criteria[name](output[None], target[None])[0]  # noqa: E731
+    group = {"sample": 1, "batch": cases.B}.get(over, over)
+    expected = ref.param_grad_sq_norm(model, x, y, row, group=group)
+    check(param_grad_sq_norm(model, x, y, criterion=criteria[name], over=over), expected, model)
+
+
+@pytest.mark.parametrize("name", ["likelihood", "decayed"])
+def test_finite_differences_say_what_they_cannot_displace(name):
+    model, x, y, criteria = uses_of_parameters_by_the_criterion()
+    options = {"criterion": criteria[name], "over": "batch", "method": "finite_difference"}
+    with pytest.raises(RuntimeError, match=r"criterion.*exact.*parameters="):
+        param_grad_sq_norm(model, x, y, **options)
+    others = ["net.2.*"]
+    assert param_grad_sq_norm(model, x, y, parameters=others, **options) > 0
