@@ -48,8 +48,12 @@ def plan_parameters(
         parameters: name → parameter.
         mixed_calls: calls whose rows are not one sample each (`find_mixed_calls`).
         batch_size: B.
+
+    Raises:
+        RuntimeError: if a reentrant checkpoint hides parameters.
     """
     walk = walk_graph(root)
+    _check_nothing_hidden(walk)
     uses = _uses_by_parameter(recording.calls, walk)
     plan = ParameterPlan({}, [])
     for name, parameter in parameters.items():
@@ -139,11 +143,21 @@ def closed_loss_sq_norm(
 def batch_param_sq_norm(f: Tensor, parameters: Sequence[Tensor], *, create_graph: bool = True) -> Tensor:
     """‖∇_θ mean_i f_i‖²: shape (1,)."""
     check_differentiable(f)
+    _check_nothing_hidden(walk_graph(f))
     gradients = torch.autograd.grad(
         f.mean(), list(parameters), create_graph=create_graph, retain_graph=True, allow_unused=True
     )
     found = [gradient for gradient in gradients if gradient is not None]
     return total_sq_norm(found).reshape(1) if found else f.new_zeros(1)
+
+
+def _check_nothing_hidden(walk: GraphWalk) -> None:
+    """What a reentrant checkpoint holds is no part of the graph: its gradients would count as 0."""
+    if any(type(node).__name__ == "CheckpointFunctionBackward" for node in walk.nodes):
+        raise RuntimeError(
+            "expected parameters that torch.autograd.grad can reach, but torch.utils.checkpoint.checkpoint(…, "
+            "use_reentrant=True) hides those that it was called on: pass use_reentrant=False"
+        )
 
 
 def closed_param_sq_norm(

@@ -575,14 +575,36 @@ def test_finite_differences_work_through_fused_attention():
         assert ref.relative_error(*gradients) < 1e-4
 
 
-def test_checkpointed_activations():
-    class Checkpointed(nn.Sequential):
-        def forward(self, x):
-            return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=False)
+class Checkpointed(nn.Module):
+    """The whole net, or all but its head, is run again in the backward pass."""
 
+    def __init__(self, plain: nn.Sequential, segments: int, reentrant: bool) -> None:
+        super().__init__()
+        self.plain, self.segments, self.reentrant = plain, segments, reentrant
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.segments == 1:
+            return torch.utils.checkpoint.checkpoint(self.plain, x, use_reentrant=self.reentrant)
+        return torch.utils.checkpoint.checkpoint_sequential(self.plain, 2, x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("segments", [1, 2])
+@pytest.mark.parametrize(
+    ("function", "oracle"),
+    [(input_grad_sq_norm, ref.input_grad_sq_norm), (param_grad_sq_norm, ref.param_grad_sq_norm)],
+)
+def test_checkpointed_activations(function, oracle, segments):
     plain, x, y, _ = cases.find("tanh").problem()
-    model = Checkpointed(*plain)
-    check(param_grad_sq_norm(model, x, y), ref.param_grad_sq_norm(plain, x, y, cases.cross_entropy_row), plain)
+    actual = function(Checkpointed(plain, segments, reentrant=False), x, y)
+    check(actual, oracle(plain, x, y, cases.cross_entropy_row), plain)
+
+
+@pytest.mark.parametrize("over", ["sample", "batch"])
+def test_a_reentrant_checkpoint_is_refused_before_it_hides_parameters(over):
+    plain, x, y, _ = cases.find("tanh").problem()
+    model = nn.Sequential(Checkpointed(plain, 1, reentrant=True), nn.Linear(3, 3)).double()
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        param_grad_sq_norm(model, x.requires_grad_(), y, over=over)
 
 
 class Force(nn.Module):
