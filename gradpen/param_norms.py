@@ -6,8 +6,9 @@ go through `torch.func`: one forward pass with a copy of these parameters for ev
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -254,7 +255,7 @@ def _mapped_sq_norm(
 
     in_dims = (0, map_leaves(x, lambda leaf: 0 if isinstance(leaf, Tensor) else None))
     try:
-        with rng.replayed():
+        with rng.replayed(), _inference_kernels_off():
             output = torch.vmap(one_sample, in_dims, randomness="different")(by_sample, x)
     except RuntimeError as error:
         _warn_of_loop(parameters, f"torch.func.vmap cannot run the model: {str(error).splitlines()[0]}")
@@ -272,6 +273,17 @@ def _mapped_sq_norm(
         allow_unused=True,
     )
     return sum_tensors([row_sq_norm(gradient) for gradient in gradients if gradient is not None])
+
+
+@contextlib.contextmanager
+def _inference_kernels_off() -> Iterator[None]:
+    """Under vmap nothing seems to require grad, and transformer layers in eval mode take kernels without derivatives."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def _warn_of_loop(names: Iterable[str], reason: str) -> None:

@@ -617,6 +617,11 @@ TOKENS = [
         lambda: WithMathAttention(nn.Sequential(encoder_layer(), Mean(), nn.Linear(4, CLASSES))),
         normal(3, 4),
     ),
+    Case(
+        "encoder_layer_eval",
+        lambda: WithMathAttention(nn.Sequential(encoder_layer(), Mean(), nn.Linear(4, CLASSES))).eval(),
+        normal(B, 4),
+    ),
     Case("tokens_first", TokensFirst, normal(B, 4)),
     Case("tokens_first_other_count", TokensFirst, normal(3, 4)),
     Case("positions", Positions, normal(B, 4)),
