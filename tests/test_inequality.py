@@ -368,6 +368,27 @@ def test_the_pointwise_convolution_of_the_counterexample():
     assert report.lhs == 0 and report.undefined == 1 and report.holds.all()
 
 
+class OneBiasForAll(nn.Module):
+    """A dense layer whose bias is one parameter, the same for all its units."""
+
+    def __init__(self, frozen: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([[1.0, 2.0], [3.0, 5.0]]), requires_grad=not frozen)
+        self.shift = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight, self.shift.expand(2))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_computed_bias_has_no_term_of_its_own(frozen):
+    model, x = OneBiasForAll(frozen).double(), torch.ones(3, 2, dtype=torch.float64)
+    report = evaluate_inequality(model, x, of=lambda o, t: o[:, 0] - o[:, 1])  # ∂f/∂shift = 1 − 1
+    assert report.holds.all() and (report.lhs <= report.rhs).all()
+    assert [layer.bias_lhs for layer in report.layers] == ([] if frozen else [None])
+    assert (report.rhs == 0).all() == frozen
+
+
 def test_tied_weights_whose_gradients_cancel():
     """f = w x − w x is 0 in w, but each use alone has a gradient."""
 
