@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -56,6 +57,60 @@ def walk_graph(root: Tensor, stop_at: Collection[Any] = ()) -> GraphWalk:
     for leaf_id, node in leaf_users:
         leaf_edges[leaf_id] += _count_uses(node, users)
     return GraphWalk(nodes, leaves, leaf_edges)
+
+
+class GraphShape(NamedTuple):
+    """What tells graphs apart whose operations, or the dimensions that these run over, differ."""
+
+    key: int
+    kinds: frozenset[str]  # names of the nodes' types
+
+
+def graph_shape(root: Tensor) -> GraphShape:
+    """Which operations lie under `root`, how they hang together and over which dimensions they run; sizes do not count."""
+    places: dict[Any, int] = {}
+    trace: list[Any] = []
+    kinds: set[str] = set()
+    pending = [] if root.grad_fn is None else [root.grad_fn]
+    while pending:
+        node = pending.pop()
+        if node in places:
+            trace.append(places[node])
+            continue
+        places[node] = len(places)
+        kind = type(node)
+        kinds.add(kind.__name__)
+        parents = [parent for parent, _ in node.next_functions]
+        trace.append((kind.__name__, _dimensions(node), *[parent is None for parent in parents]))
+        pending += [parent for parent in parents if parent is not None]
+    return GraphShape(hash(tuple(trace)), frozenset(kinds))
+
+
+def _dimensions(node: Any) -> tuple[Any, ...]:
+    """What a node remembers of the dimensions it runs over, and which rows it takes if it takes some of dimension 0."""
+    kind: Any = type(node)
+    values = tuple(getattr(node, name) for name in _dimension_names(kind))
+    if kind.__name__ in _TAKING_ROWS and values[0] == 0:
+        return values + tuple(getattr(node, name) for name in _TAKING_ROWS[kind.__name__])
+    return values
+
+
+@functools.cache
+def _dimension_names(kind: Any) -> tuple[str, ...]:
+    return tuple(name for name in _DIMENSION_NAMES if hasattr(kind, name))
+
+
+_DIMENSION_NAMES = (
+    "_saved_dim",
+    "_saved_dim0",
+    "_saved_dim1",
+    "_saved_dim2",
+    "_saved_dims",
+    "_saved_shifts",
+    "_saved_normalized_shape",
+    "_saved_training",
+)
+_TAKING_ROWS = {"SliceBackward0": ("_saved_start", "_saved_end"), "SelectBackward0": ("_saved_index",)}
 
 
 def reached_around(root: Tensor, parameters: Mapping[str, Tensor], replacements: Sequence[Tensor]) -> list[str]:

@@ -258,8 +258,10 @@ def _mapped_sq_norm(
         with rng.replayed(), _inference_kernels_off():
             output = torch.vmap(one_sample, in_dims, randomness="different")(by_sample, x)
     except RuntimeError as error:
-        _warn_of_loop(parameters, f"torch.func.vmap cannot run the model: {str(error).splitlines()[0]}")
+        _warn_of_loop(parameters, f"torch.func.vmap cannot run the model: {_first_line(error)}")
         return _looped_sq_norm(f, list(parameters.values()), group_of, create_graph)
+    except ValueError as error:  # such as that of F.batch_norm
+        raise _no_single_samples(parameters, f"did not run: {_first_line(error)}") from error
     mapped_f = scalar(output)
     around = reached_around(mapped_f, parameters, list(copies.values()))
     if around:
@@ -284,6 +286,10 @@ def _inference_kernels_off() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _warn_of_loop(names: Iterable[str], reason: str) -> None:
@@ -312,9 +318,13 @@ def _check_same_values(f: Tensor, mapped_f: Tensor, names: list[str]) -> None:
     """The second forward pass must have been the first one, dropout masks and all."""
     tolerance = rounding_tolerance(f)
     if not torch.allclose(f.detach(), mapped_f.detach(), rtol=tolerance, atol=tolerance, equal_nan=True):
-        raise RuntimeError(
-            f"the gradients of {', '.join(names)} have no closed form, and the forward pass that finds them sample "
-            "by sample gave other values than the batch did: either the model mixes the samples of a batch "
-            "(dimension 0), or it draws random numbers that cannot be drawn again sample by sample. Exclude these "
-            'parameters with parameters=…, or use over="batch"'
-        )
+        raise _no_single_samples(names, "gave other values than the batch did")
+
+
+def _no_single_samples(names: Iterable[str], came: str) -> RuntimeError:
+    return RuntimeError(
+        f"the gradients of {', '.join(names)} have no closed form, and the forward pass that finds them sample "
+        f"by sample {came}: either the model mixes the samples of a batch "
+        "(dimension 0), or it draws random numbers that cannot be drawn again sample by sample. Exclude these "
+        'parameters with parameters=…, or use over="batch"'
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 
 import cases
@@ -255,6 +256,110 @@ def test_a_criterion_that_mixes_samples_is_refused(function, called_before):
         function(model, x, y)
     with pytest.raises(RuntimeError, match="mixes the samples"):
         function(model, x, y, criterion=mixing)
+
+
+def rotated(h):
+    return torch.cat([h[1:], h[:1]])
+
+
+BRANCHES = {
+    "plain": lambda dense, x: dense(x).tanh(),
+    "centred": lambda dense, x: dense(x).tanh() - dense(x).tanh().mean(0),
+    "softmax": lambda dense, x: dense(x).softmax(0),
+    "shifted": lambda dense, x: rotated(dense(x).tanh()),
+    "batch_norm": lambda dense, x: F.batch_norm(dense(x), None, None, training=True),
+}
+
+
+class Branching(nn.Module):
+    """Does what it is told at the moment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense, self.head = nn.Linear(4, 4), nn.Linear(4, cases.CLASSES)
+        self.branch = BRANCHES["plain"]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.branch(self.dense, x))
+
+
+QUANTITIES = [
+    input_grad_sq_norm,
+    param_grad_sq_norm,
+    functools.partial(input_grad_sq_norm, of="output"),
+    functools.partial(input_grad_sq_norm, method="finite_difference"),
+]
+
+
+@pytest.mark.parametrize("function", QUANTITIES)
+@pytest.mark.parametrize("branch", ["centred", "softmax", "shifted", "batch_norm"])
+def test_a_model_that_begins_to_mix_samples_is_refused(function, branch):
+    model, (_, x, y, _) = Branching().double(), cases.find("relu").problem()
+    for _ in range(4):
+        function(model, x, y)
+    model.branch = lambda dense, x: dense(x).softmax(1)
+    function(model, x, y)
+    model.branch = BRANCHES[branch]
+    with pytest.raises(RuntimeError, match="mixes the samples"):
+        function(model, x, y)
+
+
+def test_a_model_that_begins_to_turn_rows_round():
+    model, (_, x, y, _) = Branching().double(), cases.find("relu").problem()
+    for shift in (0, 1, 3):
+
+        def turned(dense, x, shift=shift):
+            h = dense(torch.cat([x[shift:], x[:shift]])).tanh()
+            return torch.cat([h[len(x) - shift :], h[: len(x) - shift]])
+
+        model.branch = turned
+        check(param_grad_sq_norm(model, x, y), ref.param_grad_sq_norm(model, x, y, cases.cross_entropy_row), model)
+
+
+class Configured(nn.Module):
+    """A criterion that mixes samples if it is told to."""
+
+    def __init__(self, centre: bool) -> None:
+        super().__init__()
+        self.centre = centre
+
+    def forward(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(output - output.mean(0) if self.centre else output, target, reduction="none")
+
+
+CONFIGURED = {
+    "module": Configured,
+    "method": lambda centre: Configured(centre).forward,
+    "partial": lambda centre: functools.partial(lambda o, t, centre: Configured(centre)(o, t), centre=centre),
+    "closure": lambda centre: lambda o, t: Configured(centre)(o, t),
+}
+
+
+@pytest.mark.parametrize("function", [input_grad_sq_norm, param_grad_sq_norm])
+@pytest.mark.parametrize("kind", CONFIGURED)
+def test_a_criterion_of_the_same_code_that_mixes_samples_is_refused(function, kind):
+    model, x, y, _ = cases.find("relu").problem()
+    for _ in range(4):
+        function(model, x, y, criterion=CONFIGURED[kind](False))
+    with pytest.raises(RuntimeError, match="mixes the samples"):
+        function(model, x, y, criterion=CONFIGURED[kind](True))
+
+
+@pytest.mark.parametrize("function", QUANTITIES)
+def test_a_path_between_samples_that_opens_later_is_found(function):
+    model, (_, x, y, _) = Branching().double(), cases.find("relu").problem()
+    share = torch.zeros((), dtype=torch.float64)
+    model.branch = lambda dense, x: dense(x).tanh() + share * dense(x).tanh().mean(0)
+    for _ in range(5):
+        function(model, x, y)
+    share.fill_(1.0)
+
+    def five_more():
+        for _ in range(5):
+            function(model, x, y)
+
+    with pytest.raises(RuntimeError, match="mixes the samples"):
+        five_more()
 
 
 # ---- dropout and random numbers ---------------------------------------------------------------------------------------
