@@ -712,6 +712,33 @@ def test_a_reentrant_checkpoint_is_refused_before_it_hides_parameters(over):
         param_grad_sq_norm(model, x.requires_grad_(), y, over=over)
 
 
+class SpectralFilter(nn.Module):
+    """Complex parameters: a filter of the Fourier coefficients and a complex dense layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.filter = nn.Parameter(torch.randn(3, dtype=torch.cdouble))
+        self.dense = nn.Linear(3, 2, dtype=torch.cdouble)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.dense(torch.fft.rfft(x) * self.filter).abs()
+
+
+@pytest.mark.parametrize("over", ["sample", 2, "batch"])
+def test_complex_parameters_have_a_real_part_and_an_imaginary_part(over):
+    model, (_, x, _, _) = SpectralFilter(), cases.find("tanh").problem()
+    y = torch.randint(2, (cases.B,))
+    actual = param_grad_sq_norm(model, x, y, over=over)
+    groups = F.cross_entropy(model(x), y, reduction="none").split({"sample": 1, "batch": cases.B}.get(over, over))
+    gradients = [ref.gradients(group.mean(), ref.trainable(model)) for group in groups]
+    expected = torch.stack([ref.sq_norm([part for g in row for part in (g.real, g.imag)]) for row in gradients])
+    ref.assert_close(actual, expected)
+    pulls = (ref.gradients(value.sum(), ref.trainable(model)) for value in (actual, expected))
+    for pull, expected_pull in zip(*pulls, strict=True):
+        ref.assert_close(torch.view_as_real(pull), torch.view_as_real(expected_pull))
+    ref.assert_close(input_grad_sq_norm(model, x, y), ref.input_grad_sq_norm(model, x, y, cases.cross_entropy_row))
+
+
 class Force(nn.Module):
     """−∇_x of an energy: the weights are used in the forward pass and again in its derivative."""
 
