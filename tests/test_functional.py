@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import functools
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import cases
 import pytest
@@ -630,26 +633,69 @@ def test_what_torch_cannot_map_over_samples_goes_through_a_loop(name, over):
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), twin.buffers(), strict=True))
 
 
+def test_a_loop_refuses_a_model_that_mixes_samples():
+    class CentredStates(Gated):
+        def forward(self, x):
+            h = self.cell(x)[0].mean(1)
+            return self.head(h - h.mean(0))
+
+    model, (_, x, y, _) = CentredStates(nn.GRU).double(), cases.find("tokens").problem()
+    with pytest.raises(RuntimeError, match="mixes the samples"):
+        param_grad_sq_norm(model, x, y)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_dropout_masks_that_cannot_be_drawn_sample_by_sample(batch_first):
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.4, batch_first=batch_first)
+
+        def forward(self, x):
+            h = x if batch_first else x.transpose(0, 1)
+            return self.layer(h).mean(1 if batch_first else 0)
+
+    model, (_, x, y, _) = cases.WithMathAttention(Encoder()).double(), cases.find("tokens").problem()
+    state = torch.get_rng_state()
+    with pytest.warns(UserWarning, match="random numbers"):
+        actual = param_grad_sq_norm(model, x, y)
+    torch.set_rng_state(state)
+    losses = F.cross_entropy(model(x), y, reduction="none")
+    check(actual, torch.stack([ref.sq_norm(ref.gradients(f, ref.trainable(model))) for f in losses]), model)
+
+
+class Logits(NamedTuple):
+    logits: torch.Tensor
+
+
+@dataclass
+class Output:
+    logits: torch.Tensor
+
+
 class Named(nn.Module):
-    """Returns a dict, as the models of transformers do."""
+    """Returns an object with a field, as many libraries do."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, kind: Callable[..., Any]) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.kind = model, kind
 
-    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"logits": self.model(x)}
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.kind(logits=self.model(x))
 
 
+@pytest.mark.filterwarnings("ignore:the gradients of")  # vmap takes no dataclasses, so there is a loop
+@pytest.mark.parametrize("kind", [dict, Logits, Output])
 @pytest.mark.parametrize("name", ["tanh", "custom_parameter", "conv2d"])
-def test_outputs_and_targets_of_any_structure(name):
+def test_outputs_and_targets_of_any_structure(name, kind):
     model, x, y, _ = cases.find(name).problem()
     scale = torch.rand(cases.B, dtype=torch.float64)
 
     def criterion(output, target):
-        return target["scale"] * F.cross_entropy(output["logits"], target["label"], reduction="none")
+        logits = output["logits"] if kind is dict else output.logits
+        return target["scale"] * F.cross_entropy(logits, target["label"], reduction="none")
 
-    wrapped, target = Named(model), {"label": y, "scale": scale}
+    wrapped, target = Named(model, kind), {"label": y, "scale": scale}
     row = lambda output, target: target[1] * cases.cross_entropy_row(output, target[0])  # noqa: E731
     pairs = list(zip(y, scale, strict=True))
     check(
@@ -785,6 +831,7 @@ def uses_of_parameters_by_the_criterion():
     return model, x, torch.rand(cases.B, 3, dtype=torch.float64), {"likelihood": likelihood, "decayed": decayed}
 
 
+@pytest.mark.filterwarnings("ignore:the gradients of")
 @pytest.mark.parametrize("over", ["sample", 2, "batch"])
 @pytest.mark.parametrize("name", ["likelihood", "decayed"])
 def test_parameters_that_the_criterion_uses(name, over):
