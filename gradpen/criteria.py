@@ -88,6 +88,8 @@ def as_criterion(criterion: Callable[..., Tensor] | Criterion) -> Criterion:
         return criterion
     if not callable(criterion):
         raise TypeError(f"expected a callable criterion such as F.cross_entropy, got {criterion!r}")
+    if isinstance(criterion, type):
+        raise TypeError(f"expected a criterion, got the class {criterion.__name__}: make one, {criterion.__name__}()")
     reduction = _reduction_of(criterion)
     if reduction not in (None, "none", "mean", *_SUMMED):
         raise ValueError(

@@ -65,9 +65,14 @@ CONSTRUCTORS = [
     (lambda: InputGradPenalty(every_n_steps=0), ValueError, "every_n_steps.*>= 1.*0"),
     (lambda: InputGradPenalty(every_n_steps=1.5), TypeError, r"every_n_steps.*1\.5"),
     (lambda: InputGradPenalty(target=-1.0), ValueError, "target.*-1"),
+    (lambda: InputGradPenalty(target=math.inf), ValueError, "target.*inf"),
+    (lambda: InputGradPenalty(target="1"), ValueError, "target.*'1'"),
+    (lambda: ParamGradPenalty(parameters=list(model().parameters())), TypeError, r"\*\.weight.*Parameter"),
     (lambda: InputGradPenalty(one_sided=True), ValueError, "one_sided.*target"),
     (lambda: InputGradPenalty(criterion="mse"), TypeError, "criterion.*'mse'"),
     (lambda: InputGradPenalty(criterion=OwnMean()), ValueError, "OwnMean.*mean.*got 'mean_over_valid'"),
+    (lambda: InputGradPenalty(criterion=nn.MSELoss), TypeError, r"class MSELoss.*MSELoss\(\)"),
+    (lambda: PenalizedLoss(InputGradPenalty()), TypeError, "criterion.*first.*InputGradPenalty"),
     (lambda: PenalizedLoss("mse"), TypeError, "criterion.*'mse'"),
     (lambda: PenalizedLoss(F.mse_loss, InputGradPenalty(), InputGradPenalty()), ValueError, "'input'.*name="),
     (lambda: PenalizedLoss(F.mse_loss, 0.1), TypeError, "InputGradPenalty.*float"),
@@ -120,6 +125,15 @@ class Detached(nn.Sequential):
 def test_calls_refuse(function, call, kind, words):
     with pytest.raises(kind, match=words):
         call(function)
+
+
+@pytest.mark.parametrize(
+    "call", [InputGradPenalty(), ParamGradPenalty(every_n_steps=2), PenalizedLoss(F.cross_entropy, InputGradPenalty())]
+)
+def test_a_penalty_wants_the_model_not_its_output(call):
+    for _ in range(2):
+        with pytest.raises(TypeError, match=r"nn\.Module.*Tensor.*\(model, x, y\)"):
+            call(model()(X), Y)
 
 
 @pytest.mark.parametrize("function", [*BOTH, evaluate_inequality])

@@ -451,6 +451,23 @@ def test_penalties_have_no_parameters_and_print_their_settings():
     assert "0.25" in repr(penalty) and "16" in repr(penalty) and "every_n_steps=4" in repr(penalty)
 
 
+def test_what_a_penalty_prints_makes_it_again():
+    for penalty in (
+        InputGradPenalty(0.1, target=1.0, one_sided=True, every_n_steps=2, name="lipschitz"),
+        InputGradPenalty(of="output", method="projection", num_projections=3, squared=False),
+        ParamGradPenalty(0.2, over=4, method="finite_difference", scheme="central", step=0.1, parameters=["*.weight"]),
+    ):
+        again = eval(repr(penalty))
+        assert repr(again) == repr(penalty) and again.term == penalty.term
+        assert getattr(again, "target", None) == getattr(penalty, "target", None)
+
+
+def test_patterns_from_an_iterator_last(problem):
+    model, x, y, _ = problem
+    penalty = ParamGradPenalty(parameters=(pattern for pattern in ["*.weight"]))
+    assert penalty(model, x, y) == penalty(model, x, y)
+
+
 # ---- hands off ----------------------------------------------------------------------------------------------------------
 
 
