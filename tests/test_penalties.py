@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import dataclass
 
 import cases
 import pytest
@@ -460,6 +461,25 @@ def test_what_a_penalty_prints_makes_it_again():
         again = eval(repr(penalty))
         assert repr(again) == repr(penalty) and again.term == penalty.term
         assert getattr(again, "target", None) == getattr(penalty, "target", None)
+
+
+@dataclass
+class Power:
+    """A criterion that has no hash."""
+
+    exponent: int
+
+    def __call__(self, output, target):
+        return (output - target).pow(self.exponent).sum(1)
+
+
+def test_a_dataclass_as_criterion(problem):
+    model, x, y, _ = problem
+    y, criterion = torch.rand_like(model(x)), Power(4)
+    out = PenalizedLoss(criterion, InputGradPenalty(), InputGradPenalty(of=Power(2), name="of"))(model, x, y)
+    row = lambda power: lambda output, target: (output - target).pow(power).sum()  # noqa: E731
+    ref.assert_close(out.penalties["input"], ref.input_grad_sq_norm(model, x, y, row(4)).mean())
+    ref.assert_close(out.penalties["of"], ref.input_grad_sq_norm(model, x, y, row(2)).mean())
 
 
 def test_patterns_from_an_iterator_last(problem):
