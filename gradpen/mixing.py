@@ -77,7 +77,7 @@ def _try_out(
 ) -> frozenset[int]:
     """Scale the f_i apart, see which rows follow, and remember it."""
     check_scalar_rows(f, recording.output)
-    factors = _row_factors(f)
+    factors, tolerance = _row_factors(f), _tolerance(f, recording, gradients)
     scaled = sample_gradients(
         (f * factors).sum(),
         recording,
@@ -86,23 +86,36 @@ def _try_out(
         create_graph=False,
     )
     for before, after in zip(gradients.inputs, scaled.inputs, strict=True):
-        if not rows_scaled(before, after, factors):
+        if not rows_scaled(before, after, factors, tolerance):
             raise RuntimeError(
                 "expected f_i to depend on sample i alone, but its gradient reaches the inputs of other samples: the "
                 "model (or the criterion) mixes the samples of a batch (dimension 0), so a gradient penalty of "
                 "single samples is not defined"
             )
     mixed = frozenset(
-        index for index, delta in gradients.deltas.items() if not rows_scaled(delta, scaled.deltas[index], factors)
+        index
+        for index, delta in gradients.deltas.items()
+        if not rows_scaled(delta, scaled.deltas[index], factors, tolerance)
     )
     known = _verdicts.setdefault(model, {})
     before_this = known.get(key, _Verdict(frozenset()))
     mixed |= before_this.mixed
-    if all(bool(gradient.any()) for gradient in (*gradients.inputs, *gradients.deltas.values())):
+    if all(_tells(gradient) for gradient in (*gradients.inputs, *gradients.deltas.values())):
         if len(known) >= _MAX_VERDICTS:
             known.clear()
-        known[key] = _Verdict(mixed, before_this.uses)  # a gradient of zero proves nothing about the next batch
+        known[key] = _Verdict(mixed, before_this.uses)
     return mixed
+
+
+def _tells(gradient: Tensor) -> bool:
+    """Whether a gradient proves anything about the next batch: zeros and NaN do not."""
+    return bool(gradient.any() & gradient.isfinite().all())
+
+
+def _tolerance(f: Tensor, recording: Recording, gradients: SampleGradients) -> float:
+    """What rounding alone does not reach in the narrowest type of the model: it may cast inside."""
+    tensors = [f, *gradients.inputs, *gradients.deltas.values(), *[call.input for call in recording.calls]]
+    return max(rounding_tolerance(tensor) for tensor in tensors if tensor.is_floating_point())
 
 
 class _Key(NamedTuple):
@@ -161,7 +174,8 @@ def check_scalar_rows(f: Tensor, output: Any) -> None:
     factors = _row_factors(f)
     (gradient,) = torch.autograd.grad(f.sum(), output, retain_graph=True, allow_unused=True)
     (scaled,) = torch.autograd.grad((f * factors).sum(), output, retain_graph=True, allow_unused=True)
-    if gradient is not None and not rows_scaled(gradient, scaled, factors):
+    tolerance = max(rounding_tolerance(f), rounding_tolerance(output))
+    if gradient is not None and not rows_scaled(gradient, scaled, factors, tolerance):
         raise RuntimeError(
             "expected f_i to depend on the output of sample i alone, but the criterion mixes the samples of a batch "
             "(dimension 0), so a gradient penalty of single samples is not defined"
@@ -180,10 +194,11 @@ def _code_of(function: Any) -> Any:
     return getattr(function, "__code__", type(function))
 
 
-def rows_scaled(before: Tensor, after: Tensor, factors: Tensor) -> bool:
-    """Whether every row i of `after` is factors_i times that of `before`, up to rounding."""
+def rows_scaled(before: Tensor, after: Tensor, factors: Tensor, tolerance: float) -> bool:
+    """Whether every row i of `after` is factors_i times that of `before`, up to rounding; NaN and infinities aside."""
     if before.shape[0] != factors.shape[0]:
         return False
-    before = before.detach()
-    expected = before * factors.reshape(-1, *[1] * (before.dim() - 1)).to(before.dtype)
-    return bool((after - expected).norm() <= rounding_tolerance(before) * expected.norm())
+    expected = before.detach() * factors.reshape(-1, *[1] * (before.dim() - 1)).to(before.dtype)
+    finite = expected.isfinite() & after.isfinite()
+    expected, error = torch.where(finite, expected, 0), torch.where(finite, after - expected, 0)
+    return bool(error.norm() <= tolerance * expected.norm())

@@ -231,6 +231,20 @@ def test_the_inequality_wants_full_precision():
         evaluate_inequality(model().bfloat16(), X.bfloat16(), Y)
 
 
+def test_the_inequality_wants_one_precision():
+    mixed = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3).double())
+    with pytest.raises(ValueError, match=r"float32 in '0\..*float64 in '1\..*double\(\)"):
+        evaluate_inequality(mixed, X, Y)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_the_inequality_wants_finite_outputs(value):
+    x = X.clone()
+    x[2, 1] = value
+    with pytest.raises(ValueError, match=r"finite.*1 of 5 samples.*sample 2"):
+        evaluate_inequality(model(), x, Y)
+
+
 def test_an_input_of_the_wrong_size_is_named():
     class Broadcast(nn.Module):
         def __init__(self):

@@ -365,6 +365,31 @@ def test_a_path_between_samples_that_opens_later_is_found(function):
         five_more()
 
 
+@pytest.mark.parametrize("function", QUANTITIES)
+def test_a_sample_that_is_not_a_number_spoils_no_other(function):
+    model, x, y, _ = cases.find("tanh").problem()
+    expected = function(model, x, y)
+    x[2, 1] = math.nan
+    for fresh in (model, copy.deepcopy(model)):
+        for _ in range(3):
+            actual = function(fresh, x, y)
+            assert actual.isnan().nonzero().flatten().tolist() == [2]
+            ref.assert_close(actual[3:], expected[3:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("function", QUANTITIES)
+def test_a_model_that_casts_inside_is_not_taken_for_one_that_mixes(function, dtype):
+    class Casting(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x.to(dtype)).to(x.dtype)
+
+    model, x, y, _ = cases.find("three_layers").problem()
+    plain = copy.deepcopy(model.to(dtype)).double()
+    actual = function(Casting(*model), x, y)
+    ref.assert_close(actual, function(plain, x, y), 0.1 if dtype is torch.bfloat16 else 1e-4)
+
+
 # ---- dropout and random numbers ---------------------------------------------------------------------------------------
 
 
