@@ -93,7 +93,8 @@ def _operator_norm(operator: jacobians.JacobianOperator, settings: NormSettings,
         return Bracket(norm.lower.expand(batch_size), norm.upper.expand(batch_size))
     if settings.method == "dense" or (settings.method == "auto" and rows <= _DENSE_ROWS):
         return spectral.dense_bracket(operator.materialize())
-    start = spectral.normal_start((batch_size, rows), operator.support, template, seed=0)
+    shared = spectral.normal_start((1, rows), None, template, seed=0)  # a sample's norm depends on no other sample
+    start = shared.expand_as(template) if operator.support is None else shared * operator.support
     return spectral.lanczos_bracket(operator.gram, start, delta=delta, rtol=settings.rtol)
 
 
