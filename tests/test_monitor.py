@@ -25,7 +25,7 @@ def test_the_monitor_changes_nothing_bit_for_bit(tmp_path, options):
 
 
 def test_the_monitor_checks_on_schedule_and_logs(tmp_path):
-    monitor = InequalityMonitor(every_n_steps=5, num_samples=16, slack=False)
+    monitor = InequalityMonitor(every_n_steps=5, num_samples=16)
     module, trainer = fit(Plain, [monitor], tmp_path)
     assert [row["step"] for row in monitor.history if row["layer"] == "all"] == [0, 5, 10, 12]
     assert {row["layer"] for row in monitor.history} == {"all", "0", "3"}
