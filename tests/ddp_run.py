@@ -18,20 +18,19 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from gradpen import evaluate_inequality
 from gradpen.callbacks import InequalityMonitor
+from gradpen.callbacks._shards import evaluate_shared
 from gradpen.history import report_rows
+from gradpen.isolation import untouched
 
 torch.set_num_threads(1)
 FEATURES, CLASSES, PROBE = 12, 4, 33  # samples that two processes cannot share out equally
 GENERATOR = torch.Generator().manual_seed(0)
-DATA = TensorDataset(
-    torch.randn(96, FEATURES, generator=GENERATOR), torch.randint(CLASSES, (96,), generator=GENERATOR)
-)
+DATA = TensorDataset(torch.randn(96, FEATURES, generator=GENERATOR), torch.randint(CLASSES, (96,), generator=GENERATOR))
 
 
 class Classifier(lightning.LightningModule):
@@ -39,9 +38,8 @@ class Classifier(lightning.LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.net = nn.Sequential(
-            nn.Linear(FEATURES, 40), nn.BatchNorm1d(40), nn.ReLU(), nn.Dropout(0.3), nn.Linear(40, 24), nn.Tanh(), nn.Linear(24, CLASSES)
-        )  # fmt: skip
+        hidden = [nn.Linear(FEATURES, 40), nn.BatchNorm1d(40), nn.ReLU(), nn.Dropout(0.3), nn.Linear(40, 24), nn.Tanh()]
+        self.net = nn.Sequential(*hidden, nn.Linear(24, CLASSES))
         self.seen: list[float] = []
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
@@ -69,7 +67,7 @@ class WeightsAtChecks(lightning.Callback):
         self.at[trainer.global_step] = copy.deepcopy(pl_module.net)
 
 
-def fit(callbacks: list[lightning.Callback], out: Path, **options: Any) -> tuple[Classifier, lightning.Trainer]:
+def fit(callbacks: list[lightning.Callback], out: Path) -> tuple[Classifier, lightning.Trainer]:
     lightning.seed_everything(0, verbose=False)
     module = Classifier()
     trainer = lightning.Trainer(
@@ -79,11 +77,10 @@ def fit(callbacks: list[lightning.Callback], out: Path, **options: Any) -> tuple
         max_epochs=2,
         callbacks=callbacks,
         logger=lightning.pytorch.loggers.CSVLogger(out, name="", version=""),
-        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
+        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         log_every_n_steps=1,
-        **options,
     )
     trainer.fit(module, DataLoader(DATA, 8, shuffle=True), DataLoader(DATA, 16))
     return module, trainer
@@ -126,6 +123,30 @@ def watched(out: Path, of: str = "loss") -> dict[str, Any]:
     return {"digest": digest(module, trainer), "history": monitor.history, "expected": expected}
 
 
+class Bypass(nn.Module):
+    """The first layer does not cut the graph, which only rows with a positive first feature show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(FEATURES, 10), nn.Linear(10, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.first(x).tanh() + x[:, :10] * (x[:, :1] > 0))
+
+
+def where_shares_disagree() -> dict[str, Any]:
+    """The layers in the sum, and the left sides, when only the second process sees the bypass."""
+    model, x = Bypass(), DATA.tensors[0][:16].clone()
+    x[:, 0] = x[:, 0].abs() * torch.tensor([-1.0] * 8 + [1.0] * 8)
+    found = {}
+    with untouched(model):
+        for name, evaluate in {"shared": evaluate_shared, "one": evaluate_inequality}.items():
+            report = evaluate(model, x, DATA.tensors[1][:16], criterion=F.cross_entropy, of="loss", delta=1e-6)
+            found[name] = [[layer.name for layer in report.layers], report.lhs.tolist()]
+    found["share alone"] = [layer.name for layer in evaluate_inequality(model, x[:8], DATA.tensors[1][:8]).layers]
+    return found
+
+
 def failing(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     if dist.get_rank() == 1:
         raise KeyError("only here")
@@ -146,6 +167,7 @@ def main(out: Path) -> None:
     results["loss"] = watched(out / "watched")
     results["output"] = watched(out / "output", of="output")
     results["one fails"] = error_of(InequalityMonitor(num_samples=PROBE, of=failing), out / "failing")
+    results["shares disagree"] = where_shares_disagree()
     results["too few"] = error_of(InequalityMonitor(num_samples=1), out / "few")
     (out / f"rank{dist.get_rank()}.json").write_text(json.dumps(results))
 
