@@ -58,8 +58,8 @@ class InequalityMonitor(Callback):
         every_n_epochs: check at the end of every so many epochs.
         at: the optimiser steps at which to check, or a callable step → bool.
         num_samples: size of the probe.
-        probe: "val" (drawn from the validation set, or the training set if there is none), "train", or a batch of
-            tensors, (x, y) or of the form that the data loaders give.
+        probe: "val" (drawn from the validation set, or the training set if there is none), "train", a pair (x, y), or a
+            dict such as the data loaders give.
         seed: of the probe's draw, and of what is random in its samples.
         inputs: which part of a batch is x: key, index or callable; found if the batch is (x, y) or an ordinary dict.
         targets: which part of a batch is y.
@@ -325,14 +325,18 @@ class InequalityMonitor(Callback):
     def _probe_of(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Any, Any]:
         """The probe on the module's device, the same throughout a run and after a resume."""
         if self._drawn is None:
-            batch, self._drawn_from = self.probe, "given"
             if isinstance(self.probe, str):
                 loader, self._drawn_from = probe_loader(trainer, self.probe)
                 batch = draw_probe(loader, self.num_samples, self.seed)
                 with random_streams_kept(self.seed):
-                    batch = trainer.strategy.batch_to_device(batch, pl_module.device)
-            x, y = split_batch(batch, self.inputs, self.targets)
-            ready = trainer.precision_plugin.convert_input(move_data_to_device((x, y), pl_module.device))
+                    batch = _as_for_a_step(trainer, pl_module, batch)
+            else:
+                self._drawn_from = "given"
+                batch = move_data_to_device(trainer.precision_plugin.convert_input(self.probe), pl_module.device)
+            pair = not isinstance(
+                self.probe, (str, Mapping)
+            )  # given as (x, y), whatever the loaders' batches look like
+            ready = tuple(batch) if pair else split_batch(batch, self.inputs, self.targets)
             self._compare_with_earlier(fingerprint(ready))
             self._drawn = ready
         return self._drawn
@@ -389,6 +393,13 @@ class InequalityMonitor(Callback):
             cost=cost,
             report=report,
         )
+
+
+def _as_for_a_step(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
+    """What the trainer does to a batch before it hands it to a step: precision, transfer to the device, and its hooks."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, pl_module.device, dataloader_idx=0)
 
 
 def _changed(preset: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
