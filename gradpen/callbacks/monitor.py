@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 DEFAULT_EVERY_N_STEPS = 500
 _ECONOMY = {"every_n_epochs": 1, "num_samples": 32, "norm": "joint", "slack": False, "by_layer": "summary"}
-_FULL = {"every_n_steps": 50, "num_samples": 256, "norm": "spectral", "slack": True, "rtol": 0.02, "by_layer": "all"}
+_FULL = {"every_n_steps": 100, "num_samples": 256, "norm": "spectral", "slack": True, "rtol": 0.02, "by_layer": "all"}
 _SCHEDULES = ("every_n_steps", "every_n_epochs", "at")
 
 
@@ -180,7 +180,7 @@ class InequalityMonitor(Callback):
 
     @classmethod
     def full(cls, **changes: Any) -> InequalityMonitor:
-        """Every 50 steps on 256 samples, spectral norms in narrower brackets, and both factors of every layer's slack.
+        """Every 100 steps on 256 samples, spectral norms in narrower brackets, and both factors of every layer's slack.
 
         Args:
             **changes: arguments of the constructor; a schedule takes the place of the preset's.
