@@ -321,7 +321,7 @@ def test_detail_by_layer_can_be_left_out(tmp_path):
     found = InequalityMonitor(num_samples=8, by_layer="none")
     run(Plain(), [found], tmp_path)
     assert {row["layer"] for row in found.history} == {"all"}
-    found.plot()
+    assert len(found.plot().axes) == 2
 
 
 # --- the probe
@@ -770,7 +770,7 @@ def test_the_figure_has_three_panels_with_their_curves(tmp_path):
     assert sides.get_yscale() == coefficients.get_yscale() == "log"
     drawn = {line.get_label(): list(line.get_ydata()) for line in sides.lines}
     assert list(drawn.values()) == [[row["rhs"] for row in whole(found)], [row["lhs"] for row in whole(found)]]
-    assert [line.get_label() for line in tightness.lines] == ["all layers", "layer 0", "layer 3"]
+    assert [line.get_label() for line in tightness.lines] == ["all layers, mean", "layer 0", "layer 3"]
     for line in coefficients.lines:
         assert line.get_ydata()[0] == 1.0 and len(line.get_ydata()) == 4
     assert list(sides.lines[0].get_xdata()) == [0, 5, 10, 12]

@@ -62,7 +62,7 @@ class Cost:
             return None
         in_checks, in_steps = self.checks * self.seconds, (self.end - self.start) * step_seconds
         return (
-            f"InequalityMonitor: a step takes {1000 * step_seconds:.3g} ms and a check {1000 * self.seconds:.3g} ms, so "
+            f"InequalityMonitor: a step takes {step_seconds:.2g} s and a check {self.seconds:.2g} s, so "
             f"{self.checks} checks will take about {in_checks / (in_checks + in_steps):.1%} of this run"
         )
 
