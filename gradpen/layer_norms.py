@@ -60,7 +60,9 @@ def layer_norms(
 ) -> list[LayerNorms]:
     """All norms that the settings ask for; the failure probability is shared by all brackets."""
     batch_size = len(layers[0].call.input) if layers else 0
-    brackets = max(len(layers) * (2 * batch_size + 1), 1)  # at most: ‖J‖ and ‖W J‖ of every sample, and ‖W‖
+    brackets = max(
+        3 * len(layers) * batch_size, 1
+    )  # ‖J‖, ‖W J‖ and, once for all samples, ‖W‖: a sample's share is fixed
     delta = settings.delta / brackets
     return [_norms(layer, operator, settings, delta) for layer, operator in zip(layers, operators, strict=True)]
 
