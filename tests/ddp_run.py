@@ -147,6 +147,16 @@ def where_shares_disagree() -> dict[str, Any]:
     return found
 
 
+def certified_ends() -> dict[str, list[float]]:
+    """The certified left sides, which move with the failure probability that a sample's brackets are given."""
+    net, found = Classifier().net.eval(), {}
+    for name, evaluate in {"shared": evaluate_shared, "one": evaluate_inequality}.items():
+        with untouched(net):
+            report = evaluate(net, *DATA[:PROBE], criterion=F.cross_entropy, of="loss", delta=1e-6, method="krylov")
+        found[name] = report.lhs_lower.tolist()
+    return found
+
+
 def failing(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     if dist.get_rank() == 1:
         raise KeyError("only here")
@@ -167,6 +177,7 @@ def main(out: Path) -> None:
     results["loss"] = watched(out / "watched")
     results["output"] = watched(out / "output", of="output")
     results["one fails"] = error_of(InequalityMonitor(num_samples=PROBE, of=failing), out / "failing")
+    results["certified"] = certified_ends()
     results["shares disagree"] = where_shares_disagree()
     results["too few"] = error_of(InequalityMonitor(num_samples=1), out / "few")
     (out / f"rank{dist.get_rank()}.json").write_text(json.dumps(results))

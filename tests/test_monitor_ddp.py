@@ -59,6 +59,10 @@ def test_values_are_those_of_one_process(ranks, run):
         assert values == pytest.approx({name: one[name] for name in values}, rel=1e-6), row["layer"]
 
 
+def test_certified_ends_are_those_of_one_process(ranks):
+    assert ranks[0]["certified"]["shared"] == pytest.approx(ranks[0]["certified"]["one"], rel=1e-4)
+
+
 def test_the_gradient_of_the_mean_is_not_a_mean_of_norms(ranks):
     """Half the probe's mean gradient is longer than the whole probe's: a mean over processes would be seen above."""
     whole = [row for row in ranks[0]["loss"]["history"] if row["layer"] == "all"]
