@@ -60,7 +60,7 @@ def test_values_are_those_of_one_process(ranks, run):
 
 
 def test_certified_ends_are_those_of_one_process(ranks):
-    assert ranks[0]["certified"]["shared"] == pytest.approx(ranks[0]["certified"]["one"], rel=1e-4)
+    assert ranks[0]["certified"]["shared"] == pytest.approx(ranks[0]["certified"]["one"], rel=1e-6)
 
 
 def test_the_gradient_of_the_mean_is_not_a_mean_of_norms(ranks):
