@@ -713,8 +713,10 @@ def test_checks_outside_training_do_not_mix_with_the_curve(tmp_path):
     trainer.test(module, DataLoader(DATA, 16), verbose=False)
     assert found.report is report  # nobody asked for more
     module.net[0].weight.data.mul_(2)  # as if another checkpoint had been loaded
-    trainer.validate(module, DataLoader(DATA, 16), verbose=False)
+    state = found.state_dict()
+    trainer.validate(module, DataLoader(TensorDataset(*DATA[:50]), 16), verbose=False)
     assert found.history == before and not torch.equal(found.report.lhs, report.lhs)
+    assert found.state_dict() == state
 
 
 @pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy])

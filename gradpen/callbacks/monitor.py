@@ -212,6 +212,7 @@ class InequalityMonitor(Callback):
             self.history.clear()
             self._fingerprint = None
         report, seconds = self._evaluate(trainer, pl_module)
+        self._compare_with_earlier(fingerprint(self._drawn))
         self._trained, self._seen_step = True, step
         self._cost = Cost(trainer, self.schedule, seconds)
         rank_zero_info(self._announcement(pl_module, report, self._cost))
@@ -333,12 +334,9 @@ class InequalityMonitor(Callback):
             else:
                 self._drawn_from = "given"
                 batch = move_data_to_device(trainer.precision_plugin.convert_input(self.probe), pl_module.device)
-            pair = not isinstance(
-                self.probe, (str, Mapping)
-            )  # given as (x, y), whatever the loaders' batches look like
-            ready = tuple(batch) if pair else split_batch(batch, self.inputs, self.targets)
-            self._compare_with_earlier(fingerprint(ready))
-            self._drawn = ready
+            # a pair is (x, y), whatever the loaders' batches look like
+            pair = not isinstance(self.probe, (str, Mapping))
+            self._drawn = tuple(batch) if pair else split_batch(batch, self.inputs, self.targets)
         return self._drawn
 
     def _compare_with_earlier(self, digest: str) -> None:
