@@ -58,9 +58,7 @@ def evaluate_shared(
         )
     rows = slice(rank * count // processes, (rank + 1) * count // processes)
     x_share, y_share = (map_tensors(value, lambda tensor: tensor[rows]) for value in (x, y))
-    share = (2 * (rows.stop - rows.start) + 1) / (
-        2 * count + 1
-    )  # of the brackets: each fails as rarely as in one process
+    share = (rows.stop - rows.start) / count  # of all brackets, so that each fails as rarely as in one process
     part, error = None, None
     try:
         part = evaluate_inequality(model, x_share, y_share, criterion=criterion, of=of, delta=delta * share, **options)
