@@ -12,21 +12,27 @@ from gradpen.report import InequalityReport, LayerTerms, mean_defined, ratio_or_
 Row = dict[str, Any]
 
 ALL_LAYERS = "all"  # the row of the whole network
+BY_LAYER = ("none", "summary", "all")
+_SUMMARY = ("tightness", "coefficient")
 
 
-def report_rows(report: InequalityReport, *, step: int, epoch: int) -> list[Row]:
+def report_rows(report: InequalityReport, *, step: int, epoch: int, by_layer: str = "all") -> list[Row]:
     """One row for the network (layer "all") and one for every layer in the sum; means over the samples.
 
     Args:
         report: one evaluation.
         step: optimiser steps done so far.
-        epoch: epochs done so far.
+        epoch: index of the running epoch.
+        by_layer: "all", "summary" (tightness and coefficient) or "none" (no rows of layers).
     """
     where = {"step": step, "epoch": epoch}
-    return [
-        {**where, "layer": ALL_LAYERS, **network_values(report)},
-        *({**where, "layer": layer.name, **layer_values(layer)} for layer in report.layers),
-    ]
+    rows = [{**where, "layer": ALL_LAYERS, **network_values(report)}]
+    if by_layer != "none":
+        for layer in report.layers:
+            values = layer_values(layer)
+            kept = values if by_layer == "all" else {name: values[name] for name in _SUMMARY}
+            rows.append({**where, "layer": layer.name, **kept})
+    return rows
 
 
 def network_values(report: InequalityReport) -> dict[str, float]:

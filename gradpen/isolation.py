@@ -51,12 +51,27 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def random_streams_kept() -> Iterator[None]:
-    """The random streams of torch (CPU and CUDA), NumPy and Python stand afterwards where they stood."""
+def random_streams_kept(seed: int | None = None) -> Iterator[None]:
+    """The random streams of torch (CPU and CUDA), NumPy and Python stand afterwards where they stood.
+
+    Inside they go on from there, or start from `seed` if one is given.
+    """
     rng, numpy_state, python_state = RngState.capture(), np.random.get_state(), random.getstate()
     try:
+        if seed is not None:
+            _seed_streams(seed)
         yield
     finally:
         rng.restore()
         np.random.set_state(numpy_state)
         random.setstate(python_state)
+
+
+def _seed_streams(seed: int) -> None:
+    """Not by ``torch.manual_seed`` where CUDA still sleeps: it would be seeded when it wakes up, after the block."""
+    if torch.cuda.is_initialized():
+        torch.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)

@@ -60,7 +60,9 @@ def layer_norms(
 ) -> list[LayerNorms]:
     """All norms that the settings ask for; the failure probability is shared by all brackets."""
     batch_size = len(layers[0].call.input) if layers else 0
-    brackets = max(len(layers) * (2 * batch_size + 1), 1)  # at most: ‖J‖ and ‖W J‖ of every sample, and ‖W‖
+    brackets = max(
+        3 * len(layers) * batch_size, 1
+    )  # ‖J‖, ‖W J‖ and, once for all samples, ‖W‖: a sample's share is fixed
     delta = settings.delta / brackets
     return [_norms(layer, operator, settings, delta) for layer, operator in zip(layers, operators, strict=True)]
 
@@ -93,7 +95,8 @@ def _operator_norm(operator: jacobians.JacobianOperator, settings: NormSettings,
         return Bracket(norm.lower.expand(batch_size), norm.upper.expand(batch_size))
     if settings.method == "dense" or (settings.method == "auto" and rows <= _DENSE_ROWS):
         return spectral.dense_bracket(operator.materialize())
-    start = spectral.normal_start((batch_size, rows), operator.support, template, seed=0)
+    shared = spectral.normal_start((1, rows), None, template, seed=0)  # a sample's norm depends on no other sample
+    start = shared.expand_as(template) if operator.support is None else shared * operator.support
     return spectral.lanczos_bracket(operator.gram, start, delta=delta, rtol=settings.rtol)
 
 

@@ -67,34 +67,57 @@ def plot_history(history: Sequence[Row], title: str | None = None) -> Figure:
     """
     if not history:
         raise ValueError("expected at least one check in the history, got none: was the monitor part of a run?")
-    figure, (sides, tightness, coefficients) = _figure(3, title)
-    whole = _series(history, ALL_LAYERS)
-    steps = [row["step"] for row in whole]
-    marker = "o" if len(steps) <= 40 else None
-    right, left = ([row[side] for row in whole] for side in ("rhs", "lhs"))
-    sides.plot(steps, right, color="C3", label=_RHS, marker=marker, markersize=3)
-    sides.plot(steps, left, color="C0", label=_LHS, marker=marker, markersize=3)
-    sides.fill_between(steps, left, right, color="0.85", zorder=0)
-    sides.set(yscale="log", title="both sides, mean over the probe")
-    sides.legend(frameon=False)
-    tightness.plot(steps, [row["tightness"] for row in whole], color="black", linewidth=2, label="all layers")
     names = list(dict.fromkeys(row["layer"] for row in history if row["layer"] != ALL_LAYERS))
-    for index, name in enumerate(names):
+    figure, panels = _figure(3 if names else 2, title)
+    whole = _series(history, ALL_LAYERS)
+    _draw_sides(panels[0], whole)
+    _draw_tightness(panels[1], whole)
+    for name, colour in zip(names, _colours(len(names)), strict=True):
         rows = _series(history, name)
-        layer_steps = [row["step"] for row in rows]
-        tightness.plot(layer_steps, [row["tightness"] for row in rows], color=f"C{index}", label=f"layer {name}")
+        steps = [row["step"] for row in rows]
+        panels[1].plot(steps, [row["tightness"] for row in rows], color=colour, label=f"layer {name}")
         first = next((row["coefficient"] for row in rows if row["coefficient"] > 0), None)
         if first is not None:
             relative = [row["coefficient"] / first for row in rows]
-            coefficients.plot(layer_steps, relative, color=f"C{index}", label=f"layer {name}")
-    tightness.set(ylim=(0, None), title="tightness (left / right)")
-    coefficients.set(yscale="log", title=r"$(1+\|h\|^2)/(\|W\|^2\|J\|^2)$ relative to the first check")
-    for axes in (sides, tightness, coefficients):
+            panels[2].plot(steps, relative, color=colour, label=f"layer {name}")
+            panels[2].set_yscale("log")
+    panels[1].set_ylim(bottom=0)  # last: it keeps the top where it is
+    if names:
+        panels[2].set_title(r"$(1+\|h\|^2)/(\|W\|^2\|J\|^2)$ relative to the first check")
+    for axes in panels:
         axes.set_xlabel("optimiser step")
-    for axes in (tightness, coefficients):
         if axes.lines:
-            axes.legend(frameon=False)
+            axes.legend(frameon=False, fontsize="small", ncols=1 + len(axes.lines) // 10)
     return figure
+
+
+def _draw_sides(axes: Axes, whole: Sequence[Row]) -> None:
+    """Both sides, and the gap between them."""
+    steps = [row["step"] for row in whole]
+    right, left = ([row[side] for row in whole] for side in ("rhs", "lhs"))
+    marker = "o" if len(steps) <= 40 else None
+    axes.plot(steps, right, color="C3", label=_RHS, marker=marker, markersize=3)
+    axes.plot(steps, left, color="C0", label=_LHS, marker=marker, markersize=3)
+    axes.fill_between(steps, left, right, color="0.85", zorder=0)
+    axes.set_title("both sides, mean over the probe")
+    if any(value > 0 for value in (*left, *right)):
+        axes.set_yscale("log")
+
+
+def _draw_tightness(axes: Axes, whole: Sequence[Row]) -> None:
+    """The network's tightness, from the loosest sample to the tightest."""
+    steps = [row["step"] for row in whole]
+    low, high = ([row[end] for row in whole] for end in ("tightness_min", "tightness_max"))
+    axes.fill_between(steps, low, high, color="0.92", zorder=0, label="all layers, from sample to sample")
+    axes.plot(steps, [row["tightness"] for row in whole], color="black", linewidth=2, label="all layers, mean")
+    axes.set_title("tightness (left / right)")
+
+
+def _colours(count: int) -> list[Any]:
+    """By depth, and none twice."""
+    from matplotlib import colormaps
+
+    return [colormaps["viridis"](0.8 * index / max(count - 1, 1)) for index in range(count)]
 
 
 def _series(history: Sequence[Row], layer: str) -> list[Row]:

@@ -89,10 +89,18 @@ def both_sides(
         )
         input_sq_norm = input_sq_norm + scale**2 * row_sq_norm(widest_float(input_gradients[-1]))
         param_sq_norm = param_sq_norm + scale**2 * widest_float(sq_norms.detach())
-        weighted = direction * (scale / batch_size).to(output.dtype).reshape(-1, *[1] * (output.dim() - 1))
-        mean_gradients = torch.autograd.grad(
-            output, list(parameters.values()), weighted, retain_graph=True, allow_unused=True
+        batch_sq_norm = batch_sq_norm + total_sq_norm(
+            mean_gradient(output, direction, scale, parameters, count=batch_size)
         )
-        used = [widest_float(gradient) for gradient in mean_gradients if gradient is not None]
-        batch_sq_norm = batch_sq_norm + (total_sq_norm(used) if used else 0.0)
     return Sides(input_gradients, deltas, cotangents.scales, input_sq_norm, param_sq_norm, batch_sq_norm, mixed)
+
+
+def mean_gradient(
+    output: Tensor, direction: Tensor, scale: Tensor, parameters: Mapping[str, Tensor], *, count: int
+) -> list[Tensor]:
+    """∇_θ of (1/count) Σ_i f_i along one direction, float64, for every parameter; 0 where f does not depend on it."""
+    weighted = direction * (scale / count).to(output.dtype).reshape(-1, *[1] * (output.dim() - 1))
+    found = torch.autograd.grad(
+        output, list(parameters.values()), weighted, retain_graph=True, materialize_grads=True, allow_unused=True
+    )
+    return [widest_float(gradient) for gradient in found]

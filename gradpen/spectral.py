@@ -74,7 +74,8 @@ def lanczos_bracket(
         start: (B, n), standard normal entries; a row may be 0 where A_b is known to be (dead units): the number of its
             non-zero entries takes the place of n.
         delta: each upper end fails with probability at most this.
-        rtol: stop when no bracket is wider than this fraction of its upper end.
+        rtol: a row's bracket is settled, and not narrowed further, once it is no wider than this fraction of its upper
+            end; so it does not depend on the rows beside it.
         max_steps: stop after so many products.
         reorthogonalize: keep the whole Krylov basis orthogonal. It costs memory and twice the time; without it the ends move
             by rounding only, since copies of converged Ritz values do no harm to the largest one.
@@ -92,6 +93,7 @@ def lanczos_bracket(
     exhausted = 4 * torch.finfo(start.dtype).eps
     alphas, betas = q.new_zeros(len(q), max_steps), q.new_zeros(len(q), max_steps)
     point = torch.zeros_like(log_weight)
+    settled, bracket = torch.zeros_like(log_weight, dtype=torch.bool), exact_bracket(torch.zeros_like(log_weight))
     next_check = 8
     for step in range(max_steps):
         w = gram(q)
@@ -110,8 +112,10 @@ def lanczos_bracket(
             basis.append(q)
         steps = step + 1
         if steps in (next_check, max_steps):
-            bracket, point = _bracket_of_recurrence(alphas[:, :steps], betas[:, :steps], log_weight, point, start.dtype)
-            if bool((bracket.width <= rtol).all()):
+            new, point = _bracket_of_recurrence(alphas[:, :steps], betas[:, :steps], log_weight, point, start.dtype)
+            bracket = Bracket(*(torch.where(settled, old, end) for old, end in zip(bracket, new, strict=True)))
+            settled = bracket.width <= rtol
+            if bool(settled.all()):
                 break
             next_check += max(steps // 4, 2)
     return bracket
@@ -160,18 +164,25 @@ def _bracket_of_recurrence(
 def _christoffel_root(
     alphas: Tensor, betas: Tensor, ritz: Tensor, log_weight: Tensor, point: Tensor, eps: float
 ) -> Tensor:
-    """log((μ − θ)/θ) of the root of log K(μ) = −log t, not below it, by Newton steps kept inside a bisection."""
+    """log((μ − θ)/θ) of the root of log K(μ) = −log t, not below it, by Newton steps kept inside a bisection.
+
+    A row that has converged rests, so that its root does not depend on the rows beside it.
+    """
     ritz = torch.where(ritz > 0, ritz, 1.0)
     low, high = torch.full_like(ritz, math.log(eps) - 2), torch.full_like(ritz, 40.0)
+    active = torch.ones_like(ritz, dtype=torch.bool)
     for _ in range(60):
         mu = ritz * (1 + point.exp())
         log_k, slope = _log_christoffel(alphas, betas, mu, eps * ritz)
         excess = log_k + log_weight
-        high, low = torch.where(excess >= 0, point, high), torch.where(excess >= 0, low, point)
+        high = torch.where(active & (excess >= 0), point, high)
+        low = torch.where(active & (excess < 0), point, low)
         newton = point - excess / (slope * (mu - ritz))
         inside = (newton > low) & (newton < high)
-        point, moved = torch.where(inside, newton, (low + high) / 2), point
-        if bool(((point - moved).abs() <= _ROOT_TOLERANCE).all()):
+        step = torch.where(inside, newton, (low + high) / 2) - point
+        point = torch.where(active, point + step, point)
+        active &= step.abs() > _ROOT_TOLERANCE
+        if not bool(active.any()):
             break
     return torch.minimum(high, point + 2 * _ROOT_TOLERANCE)  # high is known to be above the root
 

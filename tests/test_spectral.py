@@ -198,3 +198,21 @@ def test_width_is_relative_and_zero_for_zero():
     assert bracket.width.tolist() == [0.0, 0.5, 0.0]
     exact = exact_bracket(torch.tensor([3.0]))
     assert exact.lower == exact.upper == 3 and exact.lower.dtype == torch.float64
+
+
+def test_a_row_does_not_depend_on_the_rows_beside_it():
+    """Processes that share the samples out among them get the brackets of one that has them all."""
+    jacobians = torch.randn(6, 60, 80, dtype=torch.float64) * torch.logspace(0, 2, 6).reshape(6, 1, 1)
+    jacobians[1] *= torch.logspace(0, -4, 60).unsqueeze(1)  # converges much earlier than the others
+    start = torch.randn(1, 60, dtype=torch.float64).expand(6, 60)
+
+    def bracket(rows):
+        J = jacobians[rows]
+        gram = lambda u: torch.bmm(J, torch.bmm(J.mT, u.unsqueeze(2))).squeeze(2)  # noqa: E731
+        return lanczos_bracket(gram, start[rows], delta=1e-6, rtol=0.1)
+
+    together = bracket(slice(None))
+    for row in range(6):
+        alone = bracket(slice(row, row + 1))
+        torch.testing.assert_close(together.lower[row], alone.lower[0], rtol=1e-9, atol=0)
+        torch.testing.assert_close(together.upper[row], alone.upper[0], rtol=1e-7, atol=0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -78,17 +77,6 @@ def find_criterion(module: nn.Module, criterion: Any, y: Any) -> tuple[Callable[
     raise ValueError(
         f"expected targets of one tensor to choose a criterion for, got {type(y).__name__}: give criterion=…"
     )
-
-
-def to_device(value: Any, device: torch.device) -> Any:
-    """Move every tensor of a nested value."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {key: to_device(item, device) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(to_device(item, device) for item in value)
-    return value
 
 
 def _get(batch: Any, getter: str | int | Callable[[Any], Any]) -> Any:

@@ -4,28 +4,36 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from gradpen import _checks
-from gradpen.callbacks._batch import Getter, find_criterion, find_model, split_batch, to_device
+from gradpen.callbacks import _shards
+from gradpen.callbacks._announcement import Cost, announcement, describe_part, function_name
+from gradpen.callbacks._batch import Getter, find_criterion, find_model, split_batch
 from gradpen.callbacks._lightning import Callback
-from gradpen.callbacks._probe import draw_probe
-from gradpen.history import Row, flat_metrics, report_rows, write_csv
+from gradpen.callbacks._probe import draw_probe, fingerprint, probe_loader
+from gradpen.callbacks._schedule import Schedule
+from gradpen.history import BY_LAYER, Row, flat_metrics, report_rows, write_csv
 from gradpen.inequality import evaluate_inequality
-from gradpen.isolation import untouched
+from gradpen.isolation import random_streams_kept, untouched
+from gradpen.layer_norms import NORMS
 from gradpen.plotting import plot_history
 from gradpen.report import InequalityReport
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-DEFAULT_EVERY_N_STEPS = 200
+DEFAULT_EVERY_N_STEPS = 500
+_ECONOMY = {"every_n_epochs": 1, "num_samples": 32, "norm": "joint", "slack": False, "by_layer": "summary"}
+_FULL = {"every_n_steps": 100, "num_samples": 256, "norm": "spectral", "slack": True, "rtol": 0.02, "by_layer": "all"}
+_SCHEDULES = ("every_n_steps", "every_n_epochs", "at")
 
 
 class InequalityMonitor(Callback):
@@ -35,21 +43,24 @@ class InequalityMonitor(Callback):
 
     Checks happen before the first step, on schedule, and at the end of training. The network is looked at in eval
     mode and left without a trace: a run with the monitor equals the run without it, bit for bit. Under data-parallel
-    strategies every process looks at the whole probe, and the first one logs.
+    strategies the processes share the samples of the probe out among them, and the first one logs.
 
     Logged through the trainer's loggers are ``bound/lhs``, ``bound/rhs``, ``bound/tightness`` (also ``_min`` and
     ``_max``), ``bound/violations``, ``bound/undefined``, ``bound/input_grad_sq_norm``, ``bound/param_grad_sq_norm``,
     ``bound/batch_grad_sq_norm``, ``bound/noise_trace`` and, for every layer, ``bound/<layer>/coefficient``,
-    ``…/tightness``, ``…/weight_norm``, ``…/jacobian_norm``, ``…/slack_product`` and so on.
+    ``…/tightness``, ``…/weight_tightness``, ``…/bias_tightness``, ``…/input_norm`` (mean ‖h‖), ``…/weight_norm``,
+    ``…/jacobian_norm`` (mean ‖J‖) and, with ``slack=True``, ``…/slack_product`` and ``…/slack_alignment``.
+
+    `economy`, `business` and `full` are monitors of three costs; `business` is the default.
 
     Args:
-        every_n_steps: check every so many optimiser steps; default 200 if no other schedule is given.
+        every_n_steps: check every so many optimiser steps; default 500 if no other schedule is given.
         every_n_epochs: check at the end of every so many epochs.
         at: the optimiser steps at which to check, or a callable step → bool.
         num_samples: size of the probe.
-        probe: "val" (drawn from the validation set, or the training set if there is none), "train", or a batch (x, y) of
-            tensors.
-        seed: of the probe's draw.
+        probe: "val" (drawn from the validation set, or the training set if there is none), "train", a pair (x, y), or a
+            dict such as the data loaders give.
+        seed: of the probe's draw, and of what is random in its samples.
         inputs: which part of a batch is x: key, index or callable; found if the batch is (x, y) or an ordinary dict.
         targets: which part of a batch is y.
         model: which part of the LightningModule maps x to the output: name, callable or module; default the module itself
@@ -58,10 +69,13 @@ class InequalityMonitor(Callback):
             else cross entropy for integer targets and the mean squared error for floating-point ones.
         of: as in `gradpen.evaluate_inequality`, like the next four.
         norm: "spectral", "frobenius" or "joint".
-        slack: split each layer's slack into its two factors.
+        slack: split each layer's slack into its two factors; half as dear again.
         delta: failure probability of one check's upper ends.
         rtol: relative width of the norms' brackets.
+        by_layer: which values of single layers are kept and logged: "all", "summary" (tightness and coefficient) or
+            "none".
         on_violation: "warn", "raise" or "ignore"; judged from the certified end of the brackets.
+        prefix: of the logged names, and what tells several monitors of one run apart.
 
     Attributes:
         history: tidy rows (dicts), one per check and layer; layer "all" is the network.
@@ -83,8 +97,8 @@ class InequalityMonitor(Callback):
         *,
         every_n_epochs: int | None = None,
         at: Collection[int] | Callable[[int], bool] | None = None,
-        num_samples: int = 128,
-        probe: str | tuple[Any, Any] = "val",
+        num_samples: int = 64,
+        probe: str | tuple[Any, Any] | Mapping[str, Any] = "val",
         seed: int = 0,
         inputs: Getter = None,
         targets: Getter = None,
@@ -92,24 +106,23 @@ class InequalityMonitor(Callback):
         criterion: str | Callable[..., Tensor] | None = None,
         of: str | Callable[[Any, Any], Tensor] = "loss",
         norm: str = "spectral",
-        slack: bool = True,
+        slack: bool = False,
         delta: float = 1e-6,
         rtol: float = 0.05,
+        by_layer: str = "all",
         on_violation: str = "warn",
+        prefix: str = "bound",
     ) -> None:
         super().__init__()
         if every_n_steps is None and every_n_epochs is None and at is None:
             every_n_steps = DEFAULT_EVERY_N_STEPS
-        for name, value in (("every_n_steps", every_n_steps), ("every_n_epochs", every_n_epochs)):
-            if value is not None:
-                _checks.check_positive_int(name, value)
+        self.schedule = Schedule(every_n_steps, every_n_epochs, at)
         _checks.check_positive_int("num_samples", num_samples)
+        _checks.check_choice("norm", norm, NORMS)
+        _checks.check_choice("by_layer", by_layer, BY_LAYER)
         _checks.check_choice("on_violation", on_violation, ("warn", "raise", "ignore"))
         if isinstance(probe, str):
             _checks.check_choice("probe", probe, ("val", "train"))
-        self.every_n_steps = every_n_steps
-        self.every_n_epochs = every_n_epochs
-        self.at = at
         self.num_samples = num_samples
         self.probe = probe
         self.seed = seed
@@ -117,7 +130,9 @@ class InequalityMonitor(Callback):
         self.targets = targets
         self.model = model
         self.criterion = criterion
+        self.by_layer = by_layer
         self.on_violation = on_violation
+        self.prefix = prefix
         self.history: list[Row] = []
         self.report: InequalityReport | None = None
         self._settings: dict[str, Any] = {
@@ -128,48 +143,107 @@ class InequalityMonitor(Callback):
             "rtol": rtol,
         }
         self._drawn: tuple[Any, Any] | None = None
+        self._drawn_from = ""
+        self._fingerprint: str | None = None
+        self._trained = False  # the history is that of training
         self._unscheduled_step: int | None = None
+        self._seen_step = 0
+        self._cost: Cost | None = None
+
+    @classmethod
+    def economy(cls, **changes: Any) -> InequalityMonitor:
+        """One check an epoch on 32 samples, joint norms, tightness and coefficients by layer.
+
+        Args:
+            **changes: arguments of the constructor; a schedule takes the place of the preset's.
+
+        Example:
+            >>> from gradpen.callbacks import InequalityMonitor
+            >>> print(InequalityMonitor.economy().schedule)
+            every epoch, before the first step and at the end
+        """
+        return cls(**_changed(_ECONOMY, changes))
+
+    @classmethod
+    def business(cls, **changes: Any) -> InequalityMonitor:
+        """The default: every 500 steps on 64 samples, spectral norms, all of every layer but the factors of its slack.
+
+        Args:
+            **changes: arguments of the constructor.
+
+        Example:
+            >>> from gradpen.callbacks import InequalityMonitor
+            >>> print(InequalityMonitor.business(at=[10, 100]).schedule)
+            the steps 10, 100, before the first step and at the end
+        """
+        return cls(**changes)
+
+    @classmethod
+    def full(cls, **changes: Any) -> InequalityMonitor:
+        """Every 100 steps on 256 samples, spectral norms in narrower brackets, and both factors of every layer's slack.
+
+        Args:
+            **changes: arguments of the constructor; a schedule takes the place of the preset's.
+
+        Example:
+            >>> from gradpen.callbacks import InequalityMonitor
+            >>> InequalityMonitor.full(every_n_epochs=1).num_samples
+            256
+        """
+        return cls(**_changed(_FULL, changes))
+
+    @property
+    def state_key(self) -> str:
+        """Several monitors of one run are told apart by their prefixes."""
+        return self._generate_state_key(prefix=self.prefix)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse strategies under which a process does not hold the whole model."""
         strategy = type(trainer.strategy).__name__
         if any(word in strategy for word in ("FSDP", "DeepSpeed", "ModelParallel")):
-            raise RuntimeError(
-                f"InequalityMonitor needs whole weight matrices, and {strategy} gives every process only a shard of them: "
-                'use strategy="ddp" or a single device, or evaluate a checkpoint with gradpen.evaluate_inequality'
-            )
+            raise _shards.sharded_error(strategy)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The first check, before the first step; on a resumed run only what the schedule says."""
+        """The first check, before the first step; on a resumed run it is only measured, and kept if it is due."""
         self._forget_unscheduled()
         self._drawn = None
-        resumed = trainer.global_step > 0
-        if not resumed:
+        step = trainer.global_step
+        if step == 0:
             self.history.clear()
-        started = time.perf_counter()
-        report = self._evaluate(trainer, pl_module)
-        seconds = time.perf_counter() - started
-        rank_zero_info(self._announcement(pl_module, report, seconds))
-        if not resumed:
+            self._fingerprint = None
+        report, seconds = self._evaluate(trainer, pl_module)
+        self._compare_with_earlier(fingerprint(self._drawn))
+        self._trained, self._seen_step = True, step
+        self._cost = Cost(trainer, self.schedule, seconds)
+        rank_zero_info(self._announcement(pl_module, report, self._cost))
+        missed = self.schedule.names_any(range(step, step + 1)) and not self._has_checked(step)
+        if not self.history or missed:
             self._keep(trainer, report)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Check if the schedule names this optimiser step; micro-batches that accumulate are no steps."""
-        if self._is_due(trainer.global_step) and not self._has_checked(trainer.global_step):
-            self._keep(trainer, self._evaluate(trainer, pl_module))
+        """Check if the schedule names an optimiser step of this batch, or the epoch that it ends.
+
+        The end of an epoch is seen here, and not in ``on_train_epoch_end``: validation may write a checkpoint before that.
+        """
+        new_steps = range(self._seen_step + 1, trainer.global_step + 1)  # none while gradients accumulate
+        self._seen_step = trainer.global_step
+        ends_epoch = trainer.is_last_batch and self.schedule.names_epoch(trainer.current_epoch)
+        if self.schedule.names_any(new_steps) or ends_epoch:
+            self._check(trainer, pl_module)
+        share = None if self._cost is None else self._cost.share_line(trainer.global_step)
+        if share is not None:
+            rank_zero_info(share)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check if the schedule names this epoch."""
-        due = self.every_n_epochs is not None and (trainer.current_epoch + 1) % self.every_n_epochs == 0
-        if due and not self._has_checked(trainer.global_step):
-            self._keep(trainer, self._evaluate(trainer, pl_module))
+        """Check if the schedule names this epoch and its last batch was not known as such."""
+        if self.schedule.names_epoch(trainer.current_epoch):
+            self._check(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The last check, so that the trained network is on the curve whatever the schedule."""
-        if not self._has_checked(trainer.global_step):
-            self._keep(trainer, self._evaluate(trainer, pl_module))
+        if self._check(trainer, pl_module):
             self._unscheduled_step = trainer.global_step
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -179,17 +253,23 @@ class InequalityMonitor(Callback):
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """``trainer.test()``: one check of a monitor that has not been through training."""
-        if not self.history:
+        if not self._trained:
             self._check_outside_training(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """The history, so that a resumed run goes on with it."""
-        return {"history": [dict(row) for row in self.history], "unscheduled_step": self._unscheduled_step}
+        """The history, so that a resumed run goes on with it, and what its probe is known by."""
+        return {
+            "history": [dict(row) for row in self.history],
+            "unscheduled_step": self._unscheduled_step,
+            "probe": self._fingerprint,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Put the history back."""
         self.history = [dict(row) for row in state_dict["history"]]
         self._unscheduled_step = state_dict["unscheduled_step"]
+        self._fingerprint = state_dict["probe"]
+        self._trained = True
 
     def to_csv(self, path: str | PathLike[str]) -> None:
         """Write the history as a table, one row per check and layer."""
@@ -198,15 +278,6 @@ class InequalityMonitor(Callback):
     def plot(self, title: str | None = None) -> Figure:
         """One figure: both sides over training, tightness by layer, coefficients relative to the first check."""
         return plot_history(self.history, title)
-
-    def _is_due(self, step: int) -> bool:
-        if step == 0:
-            return False
-        if self.every_n_steps is not None and step % self.every_n_steps == 0:
-            return True
-        if self.at is None:
-            return False
-        return bool(self.at(step)) if callable(self.at) else step in self.at
 
     def _has_checked(self, step: int) -> bool:
         return any(row["step"] == step for row in reversed(self.history))
@@ -217,50 +288,81 @@ class InequalityMonitor(Callback):
             self.history = [row for row in self.history if row["step"] != self._unscheduled_step]
             self._unscheduled_step = None
 
-    def _check_outside_training(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._drawn = None
-        self._keep(trainer, self._evaluate(trainer, pl_module))
+    def _check(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+        """Evaluate and keep, unless that has been done after this step; whether it had not."""
+        if self._has_checked(trainer.global_step):
+            return False
+        report, seconds = self._evaluate(trainer, pl_module)
+        if self._cost is not None:
+            self._cost.add_check(seconds)
+        self._keep(trainer, report)
+        return True
 
-    def _evaluate(self, trainer: Trainer, pl_module: LightningModule) -> InequalityReport:
+    def _check_outside_training(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log and report; a history of training stays what it is."""
+        self._drawn = None
+        report, _ = self._evaluate(trainer, pl_module)
+        rows = self._rows(trainer, report)
+        if not self._trained:
+            self.history = rows
+        self._publish(trainer, report, rows)
+
+    def _evaluate(self, trainer: Trainer, pl_module: LightningModule) -> tuple[InequalityReport, float]:
+        """The report, and the seconds that it took."""
+        _shards.refuse_sharded(pl_module)
         with untouched(pl_module):
             x, y = self._probe_of(trainer, pl_module)
+            started = time.perf_counter()
             pl_module.eval()
             criterion, _ = find_criterion(pl_module, self.criterion, y)
-            return evaluate_inequality(find_model(pl_module, self.model), x, y, criterion=criterion, **self._settings)
+            evaluate: Callable[..., InequalityReport] = evaluate_inequality
+            if _shards.num_processes() > 1:
+                _shards.take_buffers_of_first_process(pl_module)
+                evaluate = _shards.evaluate_shared
+            report = evaluate(find_model(pl_module, self.model), x, y, criterion=criterion, **self._settings)
+            float(report.lhs.sum())  # waits for the device
+            return report, time.perf_counter() - started
 
     def _probe_of(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Any, Any]:
-        """The probe on the module's device, the same throughout a run."""
+        """The probe on the module's device, the same throughout a run and after a resume."""
         if self._drawn is None:
             if isinstance(self.probe, str):
-                batch = draw_probe(self._loader(trainer), self.num_samples, self.seed)
-                batch = trainer.strategy.batch_to_device(batch, pl_module.device)
-                self._drawn = split_batch(batch, self.inputs, self.targets)
+                loader, self._drawn_from = probe_loader(trainer, self.probe)
+                batch = draw_probe(loader, self.num_samples, self.seed)
+                with random_streams_kept(self.seed):
+                    batch = _as_for_a_step(trainer, pl_module, batch)
             else:
-                x, y = self.probe
-                self._drawn = to_device(x, pl_module.device), to_device(y, pl_module.device)
+                self._drawn_from = "given"
+                batch = move_data_to_device(trainer.precision_plugin.convert_input(self.probe), pl_module.device)
+            # a pair is (x, y), whatever the loaders' batches look like
+            pair = not isinstance(self.probe, (str, Mapping))
+            self._drawn = tuple(batch) if pair else split_batch(batch, self.inputs, self.targets)
         return self._drawn
 
-    def _loader(self, trainer: Trainer) -> Any:
-        """The first data loader of the kind asked for."""
-        training, validation, test = (
-            trainer.train_dataloader,
-            trainer.val_dataloaders,
-            trainer.test_dataloaders,
-        )
-        wanted = (training,) if self.probe == "train" else (validation, test, training)
-        for loader in wanted:
-            while isinstance(loader, (list, tuple, dict)) and loader:
-                loader = next(iter(loader.values())) if isinstance(loader, dict) else loader[0]
-            if loader:
-                return loader
-        raise ValueError(f'expected a data loader to draw the probe from (probe="{self.probe}"): give probe=(x, y)')
+    def _compare_with_earlier(self, digest: str) -> None:
+        """Say so if the run that is resumed looked at other samples."""
+        if self._fingerprint not in (None, digest):
+            rank_zero_warn(
+                "the probe is not the one of the checks that the checkpoint brings along: the data set, its order or its "
+                "transforms have changed, and so the curves have a seam here. Give the samples yourself, probe=(x, y), or "
+                "go on without the old history"
+            )
+        self._fingerprint = digest
+
+    def _rows(self, trainer: Trainer, report: InequalityReport) -> list[Row]:
+        return report_rows(report, step=trainer.global_step, epoch=trainer.current_epoch, by_layer=self.by_layer)
 
     def _keep(self, trainer: Trainer, report: InequalityReport) -> None:
-        """Remember, log, and judge one check."""
-        self.report = report
-        rows = report_rows(report, step=trainer.global_step, epoch=trainer.current_epoch)
+        """Remember and publish one check."""
+        rows = self._rows(trainer, report)
         self.history += rows
-        finite = {name: value for name, value in flat_metrics(rows).items() if math.isfinite(value)}
+        self._publish(trainer, report, rows)
+
+    def _publish(self, trainer: Trainer, report: InequalityReport, rows: list[Row]) -> None:
+        """Log one check, and judge it."""
+        self.report = report
+        metrics = flat_metrics(rows, self.prefix)
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         for logger in trainer.loggers:
             logger.log_metrics(finite, step=trainer.global_step)
         if report.violations and self.on_violation != "ignore":
@@ -273,30 +375,32 @@ class InequalityMonitor(Callback):
                 raise RuntimeError(message)
             rank_zero_warn(message)
 
-    def _announcement(self, pl_module: LightningModule, report: InequalityReport, seconds: float) -> str:
+    def _announcement(self, pl_module: LightningModule, report: InequalityReport, cost: Cost) -> str:
         """What was found, in one block."""
-        part = find_model(pl_module, self.model)
-        name = next((name for name, module in pl_module.named_modules() if module is part), "") or "the LightningModule"
         y = None if self._drawn is None else self._drawn[1]
         criterion, how = find_criterion(pl_module, self.criterion, y)
-        source = self.probe if isinstance(self.probe, str) else "given"
-        schedule = [
-            *([f"every {self.every_n_steps} steps"] if self.every_n_steps is not None else []),
-            *([f"every {self.every_n_epochs} epochs"] if self.every_n_epochs is not None else []),
-            *(["at chosen steps"] if self.at is not None else []),
-        ]
-        lines = [
-            "InequalityMonitor",
-            f"  model     {name} ({type(part).__name__})",
-            f"  f         {report.of}; criterion {_name(criterion)} ({how})",
-            f"  in sum    {', '.join(layer.name for layer in report.layers) or 'no layer'}",
-            *(f"  left out  {layer.name}: {layer.reason}" for layer in report.excluded),
-            f"  probe     {report.lhs.numel()} samples ({source}, seed {self.seed})",
-            f"  schedule  {', '.join(schedule)}, before the first step and at the end",
-            f"  cost      the first check took {seconds:.2f} s",
-        ]
-        return "\n".join(lines)
+        scalar = f"loss: {function_name(criterion)} ({how})" if report.of == "loss" else report.of
+        drawn = self._drawn_from if self._drawn_from == "given" else f"of the {self._drawn_from}, seed {self.seed}"
+        processes = _shards.num_processes()
+        shared = f", shared by {processes} processes" if processes > 1 else ""
+        return announcement(
+            part=describe_part(pl_module, find_model(pl_module, self.model)),
+            scalar=scalar,
+            probe=f"{report.lhs.numel()} samples, {drawn}{shared}",
+            schedule=self.schedule,
+            cost=cost,
+            report=report,
+        )
 
 
-def _name(function: Any) -> str:
-    return getattr(function, "__name__", type(function).__name__)
+def _as_for_a_step(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
+    """What the trainer does to a batch before it hands it to a step: precision, transfer to the device, and its hooks."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, pl_module.device, dataloader_idx=0)
+
+
+def _changed(preset: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A preset with some arguments changed; a schedule is changed as a whole."""
+    replaced = _SCHEDULES if any(name in changes for name in _SCHEDULES) else ()
+    return {name: value for name, value in preset.items() if name not in replaced} | dict(changes)
