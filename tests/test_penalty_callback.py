@@ -177,6 +177,18 @@ def test_there_is_no_second_forward_pass():
     assert len(calls) == 3
 
 
+def test_the_backward_pass_of_the_loss_computes_no_gradient_of_the_input_for_nobody():
+    class Keeping(Smooth):
+        def training_step(self, batch, batch_idx):
+            self.fed = batch[0]
+            return super().training_step(batch, batch_idx)
+
+    module = Keeping()
+    train(module, GradPenaltyCallback(InputGradPenalty(0.1)))
+    assert module.fed.requires_grad and module.fed.grad is None
+    assert all(parameter.grad.any() for parameter in module.parameters())
+
+
 # --- what the loss is, and what a batch is ------------------------------------------------------------------------------
 
 
