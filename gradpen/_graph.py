@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -26,11 +26,12 @@ def edge_of(tensor: Tensor) -> GradientEdge:
 def walk_graph(root: Tensor, stop_at: Collection[Any] = ()) -> GraphWalk:
     """Visit the graph under `root` once, not looking behind the nodes in `stop_at`.
 
-    Autocast casts a parameter once and hands the copy to everything that uses it: such a cast counts as often as it is used.
+    A cast or transposed parameter counts as often as it is used: autocast hands one cast to everything, and a model that
+    differentiates itself uses the transposed weight of its forward pass again.
     """
     nodes: set[Any] = set(stop_at)
     leaves: dict[int, Tensor] = {}
-    users: Counter[Any] = Counter()  # node → edges that lead to it
+    users: dict[Any, list[Any]] = {}  # node → the nodes with an edge to it, one entry an edge
     leaf_users: list[tuple[int, Any]] = []  # (id(leaf), node that uses it)
     pending = [] if root.grad_fn is None else [root.grad_fn]
     while pending:
@@ -41,7 +42,7 @@ def walk_graph(root: Tensor, stop_at: Collection[Any] = ()) -> GraphWalk:
         for parent, _ in node.next_functions:
             if parent is None:
                 continue
-            users[parent] += 1
+            users.setdefault(parent, []).append(node)
             if type(parent).__name__ == "AccumulateGrad":
                 leaf: Tensor = getattr(parent, "variable")  # absent from the type stubs
                 leaves[id(leaf)] = leaf
@@ -51,6 +52,12 @@ def walk_graph(root: Tensor, stop_at: Collection[Any] = ()) -> GraphWalk:
                 pending.append(parent)
     leaf_edges: Counter[int] = Counter()
     for leaf_id, node in leaf_users:
-        is_cast = type(node).__name__ == "ToCopyBackward0"
-        leaf_edges[leaf_id] += users[node] if is_cast else 1
+        leaf_edges[leaf_id] += _uses(node, users)
     return GraphWalk(nodes, leaves, leaf_edges)
+
+
+def _uses(node: Any, users: Mapping[Any, Sequence[Any]]) -> int:
+    """1, or for a node that only hands its input on, the uses of that."""
+    if type(node).__name__ not in ("ToCopyBackward0", "TBackward0"):
+        return 1
+    return sum(_uses(user, users) for user in users.get(node, ()))

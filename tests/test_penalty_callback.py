@@ -334,6 +334,25 @@ def test_a_term_of_the_loss_that_is_no_mean_over_samples():
         train(WeightDecay(), penalties())
 
 
+class OwnPenalty(Smooth):
+    """Its loss has a gradient of its own, in which the weights are used once more."""
+
+    def training_step(self, batch, batch_idx):
+        x = batch[0].requires_grad_()
+        loss = F.cross_entropy(self.net(x), batch[1])
+        (gradient,) = torch.autograd.grad(loss * len(x), x, create_graph=True)
+        return loss + 0.1 * gradient.square().sum(1).mean()
+
+
+def test_a_loss_with_a_gradient_in_it():
+    module = OwnPenalty()
+    expected, _ = looped_norms(module, (X, Y))
+    logged = train(module, GradPenaltyCallback(InputGradPenalty(0.1))).callback_metrics
+    torch.testing.assert_close(logged["penalty/input"].item(), expected, rtol=1e-5, atol=0)
+    with pytest.raises(RuntimeError, match="have no closed form"):
+        train(OwnPenalty(), GradPenaltyCallback(ParamGradPenalty(0.1)), batches=[(X.clone(), Y)])
+
+
 class Pair(NamedTuple):
     x: torch.Tensor
     y: torch.Tensor
