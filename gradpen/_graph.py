@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
@@ -21,6 +22,14 @@ class GraphWalk(NamedTuple):
 def edge_of(tensor: Tensor) -> GradientEdge:
     """The place in the graph where the gradient of `tensor` arrives, also after in-place changes of it."""
     return get_gradient_edge(tensor)
+
+
+def saved_tensors_are_hooked() -> bool:
+    """Whether ``torch.autograd.graph.saved_tensors_hooks`` are at work, as within activation checkpointing."""
+    if torch.compiler.is_compiling():
+        return False
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is None or top(True) is not None  # before torch 2.8 there is no telling: they may be
 
 
 def walk_graph(root: Tensor, stop_at: Collection[Any] = ()) -> GraphWalk:

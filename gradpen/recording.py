@@ -195,6 +195,8 @@ class InputGate:
         """Whether `tensor` is one of the aliases or a view of one, so that nothing but x lies behind it."""
         if not self._aliases or torch.is_autocast_enabled(tensor.device.type):  # autocast would cast inside F.linear
             return False
+        if _graph.saved_tensors_are_hooked():  # checkpointing would recompute F.linear instead
+            return False
         node = tensor.grad_fn
         while node is not None and type(node).__name__ in _VIEW_NODES:
             node = node.next_functions[0][0]

@@ -583,6 +583,7 @@ def test_checkpointed_activations():
     plain, x, y, _ = cases.find("tanh").problem()
     model = Checkpointed(*plain)
     check(param_grad_sq_norm(model, x, y), ref.param_grad_sq_norm(plain, x, y, cases.cross_entropy_row), plain)
+    check(input_grad_sq_norm(model, x, y), ref.input_grad_sq_norm(plain, x, y, cases.cross_entropy_row), plain)
 
 
 class Potential(nn.Module):
