@@ -1,6 +1,6 @@
 """Torchmetrics: what gradpen measures, accumulated over batches and processes.
 
-Every metric of samples is a pair of pure functions, ``_…_update`` (batch → sum and number) and `_sample_mean_compute` (sum
+Every metric of samples is a pair of pure functions, ``_…_update`` (batch → sum and number) and ``_…_compute`` (sum
 and number → mean), in a shell that keeps the states.
 """
 

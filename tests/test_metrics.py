@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import re
 import warnings
+from pathlib import Path
 
 import lightning
 import matplotlib
@@ -287,36 +289,34 @@ def test_a_metric_with_several_entries():
 # --- in Lightning -------------------------------------------------------------------------------------------------------
 
 
-class Watched(lightning.LightningModule):
-    """Logs its metrics as objects, in training and in validation, which runs in inference mode."""
+PAGE = Path(__file__).parent.parent / "docs" / "reference" / "metrics.md"
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
-        self.gap = accuracy_gap()
-        self.in_training = ParamGradSqNorm()
-        self.watched = nn.ModuleDict({"c": GeometricComplexity(), "p": ParamGradSqNorm(), "t": InequalityTightness()})
 
-    def training_step(self, batch, batch_idx):
-        logits = self.net(batch[0])
-        self.gap.update(logits, batch[1], split="train")
-        self.in_training(self.net, *batch)
-        self.log("in_training", self.in_training, on_step=True, on_epoch=True)
-        return F.cross_entropy(logits, batch[1])
+def module_of_the_documentation() -> lightning.LightningModule:
+    """What the page shows, with a network of this test's size that stands still, and a value for every step."""
+    [block] = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+    namespace: dict[str, type] = {}
+    exec(compile(block, str(PAGE), "exec"), namespace)
 
-    def validation_step(self, batch, batch_idx):
-        self.gap.update(self.net(batch[0]), batch[1], split="held_out")
-        self.log("gap", self.gap)
-        for name, metric in self.watched.items():
-            metric.update(self.net, *batch)
-            self.log(name, metric)
+    class Watched(namespace["Classifier"]):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+            self.in_training = ParamGradSqNorm()
 
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 0.0)
+        def training_step(self, batch, batch_idx):
+            self.in_training(self.net, *batch)
+            self.log("in_training", self.in_training, on_step=True, on_epoch=True)
+            return super().training_step(batch, batch_idx)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.0)
+
+    return Watched()
 
 
 def test_lightning_logs_the_metric_objects():
-    module, x = Watched(), X.float()
+    module, x = module_of_the_documentation(), X.float()
     halves = [DataLoader(TensorDataset(x[part], Y[part]), 3) for part in (slice(0, 6), slice(6, 11))]
     options = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
     trainer = lightning.Trainer(max_epochs=2, accelerator="cpu", **options)
@@ -324,14 +324,20 @@ def test_lightning_logs_the_metric_objects():
         warnings.filterwarnings("ignore", module="lightning")
         trainer.fit(module, *halves)
     logged = trainer.callback_metrics
-    right = (module.net(x).argmax(1) == Y).float()
-    torch.testing.assert_close(logged["gap"], right[:6].mean() - right[6:].mean())
+    accuracies = [
+        MulticlassAccuracy(num_classes=3)(module.net(x[part]), Y[part]) for part in (slice(0, 6), slice(6, 11))
+    ]
+    torch.testing.assert_close(logged["gap"], accuracies[0] - accuracies[1])
     held_out = module.net, x[6:], Y[6:]
-    torch.testing.assert_close(logged["c"], references.output_jacobian_sq_norm(*held_out[:2]).mean().detach())
+    torch.testing.assert_close(
+        logged["GeometricComplexity"], references.output_jacobian_sq_norm(*held_out[:2]).mean().detach()
+    )
     expected = references.param_grad_sq_norm(*held_out, cross_entropy).mean().detach()
-    torch.testing.assert_close(logged["p"], expected.float())
+    torch.testing.assert_close(logged["ParamGradSqNorm"], expected.float())
     seen = references.param_grad_sq_norm(module.net, x[:6], Y[:6], cross_entropy).detach().float()
     torch.testing.assert_close(logged["in_training_epoch"], seen.mean())
     torch.testing.assert_close(logged["in_training_step"], seen[3:].mean())
     sides = references.inequality(*held_out, cross_entropy)
-    torch.testing.assert_close(logged["t"], (sides["lhs"] / sides["rhs"]).mean().float(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        logged["InequalityTightness"], (sides["lhs"] / sides["rhs"]).mean().float(), rtol=1e-4, atol=0
+    )

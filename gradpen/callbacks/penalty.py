@@ -34,7 +34,8 @@ class GradPenaltyCallback(Callback):
 
     The loss is taken for the mean (or the sum, ``reduction="sum"``) over the samples of f_i, where f_i depends on sample i
     alone. With token losses averaged over what ``ignore_index`` leaves, f_i is sample i's share of that mean, times the
-    batch size. The input is x as it is in the batch, before anything that ``training_step`` does to it.
+    batch size. The input is x as it is in the batch, before anything that ``training_step`` does to it, and that must not be
+    in place.
 
     A *step* is an optimiser step, the trainer's ``global_step``: weight schedules, ``every_n_steps`` and ``warmup_steps``
     count these, so all micro-batches of one step, and all evaluations of one LBFGS step, are penalised alike, and a resumed
