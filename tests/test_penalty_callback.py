@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning_cases import DATA, ByHand, Plain, fit, state
 from torch import nn
 from torch.utils.data import DataLoader
@@ -45,13 +46,15 @@ class Smooth(lightning.LightningModule):
 
 
 class Losses(lightning.Callback):
-    """The loss of every micro-batch, as the trainer sees it."""
+    """The loss of every micro-batch, as the trainer sees it, and what came with the last one."""
 
     def __init__(self) -> None:
         self.values: list[float] = []
+        self.extra: dict = {}
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.values.append(float(outputs["loss"]) * trainer.accumulate_grad_batches)
+        self.extra = {name: value for name, value in outputs.items() if name != "loss"}
 
 
 def train(module, *callbacks, batches=None, max_epochs=1, **options) -> lightning.Trainer:
@@ -260,6 +263,7 @@ def test_values_are_those_of_the_samples_one_by_one(module_class):
     added = 0.1 * input_norm + 0.01 * param_norm
     assert losses.values == pytest.approx([data_loss + added], rel=1e-5)
     assert logged["penalty/share_of_loss"].item() == pytest.approx(added / (data_loss + added), rel=1e-5)
+    assert ("mine" in logged) == (list(losses.extra) == ["extra"]) == (module_class is Single)
 
 
 def test_rows_that_are_other_samples_are_refused():
@@ -643,6 +647,26 @@ def test_two_callbacks_are_one_too_many():
     callbacks = [GradPenaltyCallback(InputGradPenalty(0.1)), GradPenaltyCallback(ParamGradPenalty(0.1))]
     with pytest.raises(RuntimeError, match="expected one GradPenaltyCallback, got several"):
         train(Smooth(), *callbacks)
+
+
+class StandInForFSDPStrategy(SingleDeviceStrategy):
+    """Nothing is sharded here: it has the name that the check goes by."""
+
+
+def test_a_strategy_that_shards_parameters_is_refused():
+    with pytest.raises(RuntimeError, match="sharded parameters of StandInForFSDPStrategy: use strategy="):
+        train(Smooth(), penalties(), strategy=StandInForFSDPStrategy())
+
+
+@pytest.mark.parametrize("inputs", [None, "x"])
+def test_a_batch_without_rows_has_no_size(inputs):
+    class FromNothing(Smooth):
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.net(X), Y)
+
+    callback = GradPenaltyCallback(ParamGradPenalty(0.1), inputs=inputs)
+    with pytest.raises(TypeError, match=r"tensors of shape \(B, …\), got dict: say where the input is"):
+        train(FromNothing(), callback, batches=[{"x": torch.tensor(1.0)}])
 
 
 def test_the_jacobian_is_that_of_one_output():

@@ -73,7 +73,8 @@ class GradPenaltyCallback(Callback):
         >>> trainer = Trainer(callbacks=[callback], logger=False, enable_checkpointing=False)
 
     Source:
-        Warm-up: "Gradient regularization and learning-rate warm-up interact" is studied in arXiv 2406.09723.
+        Zhao, Zhang and Hu, "When will gradient regularization be harmful?" (2024, arXiv 2406.09723) for the warm-up of the
+        weight, their λ-warmup: without it the penalty can spoil the statistics of adaptive optimisers early on.
     """
 
     def __init__(
@@ -293,10 +294,9 @@ def _loss_of(returned: Any) -> Tensor:
 
 def _batch_size(batch: Any, inputs: Getter) -> int:
     """Rows of the first tensor of x if it is given, else of the batch, that has any."""
+    x = batch if inputs is None else split_batch(batch, inputs, lambda _: None)[0]
     found: list[Tensor] = []
-    apply_to_collection(
-        batch if inputs is None else split_batch(batch, inputs, lambda _: None)[0], Tensor, found.append
-    )
+    apply_to_collection(x, Tensor, found.append)
     for tensor in found:
         if tensor.dim() > 0:
             return len(tensor)
