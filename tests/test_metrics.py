@@ -76,6 +76,16 @@ def test_value_over_uneven_batches_is_the_mean_over_samples(name):
 
 
 @IDS
+def test_it_works_on_batches_made_in_inference_mode(name):
+    metric, targets, expected = make(name)
+    with torch.inference_mode():
+        x, y = X.clone(), targets.clone()
+        assert x.is_inference()
+        value = metric(MODEL, x, y)
+    torch.testing.assert_close(value.clone(), expected.mean(), rtol=1e-6, atol=0)
+
+
+@IDS
 def test_states_merge_pickle_and_persist(name):
     first, targets, expected = make(name)
     second = first.clone()
