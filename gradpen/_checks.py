@@ -69,16 +69,19 @@ def check_grad_enabled() -> None:
         )
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile or ``module.compile()`` was applied to this very module."""
+    return getattr(module, "_compiled_call_impl", None) is not None or type(module).__name__ == "OptimizedModule"
+
+
 def check_not_compiled(model: nn.Module, method: str) -> None:
     """PyTorch refuses double backward through a compiled module; say so before it does."""
-    for module in model.modules():
-        compiled_in_place = getattr(module, "_compiled_call_impl", None) is not None
-        if compiled_in_place or type(module).__name__ == "OptimizedModule":
-            raise RuntimeError(
-                f'method="{method}" differentiates a gradient, and PyTorch cannot do that through a module '
-                "compiled with torch.compile. Two ways work: pass the original (uncompiled) module, whose "
-                'parameters are the same, or use method="finite_difference", which needs first derivatives only'
-            )
+    if any(is_compiled(module) for module in model.modules()):
+        raise RuntimeError(
+            f'method="{method}" differentiates a gradient, and PyTorch cannot do that through a module '
+            "compiled with torch.compile. Two ways work: pass the original (uncompiled) module, whose "
+            'parameters are the same, or use method="finite_difference", which needs first derivatives only'
+        )
 
 
 def warn_of_wrong_second_derivatives(model: nn.Module) -> None:

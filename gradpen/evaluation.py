@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from gradpen import _checks, finite_difference, gradients, mixing, param_norms
+from gradpen._graph import edge_of, walk_graph
+from gradpen._numerics import sum_tensors
 from gradpen.criteria import Criterion, Scalar
-from gradpen.recording import Recording, RngState, call_with, map_tensors, record_forward
+from gradpen.recording import Recording, RngState, call_with, float_tensors, map_tensors, record_forward
 from gradpen.terms import InputTerm, ParamTerm, Term, select_parameters
 
 
@@ -118,7 +120,8 @@ def evaluate_loss_terms(
     Args:
         model: whose parameters count.
         loss: 0-dim, with its graph.
-        recording: the forward pass that led to it; its output is the model's output, or None if that is not known.
+        recording: the forward pass that led to it; its output is the model's output, a list of them if the model was called
+            more than once, or None if that is not known.
         terms: exact terms of the loss, or of the output.
         batch_size: B.
         reduction: "mean" or "sum": how the loss was made from the f_i.
@@ -128,6 +131,7 @@ def evaluate_loss_terms(
         RuntimeError: as `gradpen.functional` says.
     """
     _check_call(model, terms)
+    _checks.check_input_rows(recording.inputs, batch_size)
     total = loss * batch_size if reduction == "mean" else loss
     needed = [term for term in terms if isinstance(term, ParamTerm) or term.of == "loss"]
     found = gradients.SampleGradients([], {})
@@ -164,19 +168,35 @@ def evaluate_loss_terms(
 def _mixed_by_output(
     model: nn.Module, total: Tensor, recording: Recording, found: gradients.SampleGradients, batch_size: int
 ) -> frozenset[int]:
-    """`mixing.find_mixed_calls` for the linearisation of the loss at the model's output."""
-    output = recording.output
-    if not isinstance(output, Tensor) or output.shape[:1] != (batch_size,) or not output.requires_grad:
+    """`mixing.find_mixed_calls` for the linearisation of the loss at the model's outputs, if nothing else leads to it."""
+    if not (found.inputs or found.deltas):
+        return frozenset()
+    outputs = [output for output in float_tensors(recording.output) if output.requires_grad]
+    if any(output.shape[:1] != (batch_size,) for output in outputs) or not _passes_through(
+        outputs, total, recording, found
+    ):
         mixing.check_unambiguous(total, recording, found, batch_size)
         return frozenset()
-    (cotangent,) = torch.autograd.grad(total, output, retain_graph=True, allow_unused=True)
-    if cotangent is None or not (found.inputs or found.deltas):
-        return frozenset()
+    cotangents = torch.autograd.grad(total, outputs, retain_graph=True, materialize_grads=True)
 
-    def linearised(output: Tensor) -> Tensor:
-        return (output * cotangent).reshape(batch_size, -1).sum(1)
+    def linearised(outputs: Sequence[Tensor]) -> Tensor:
+        pairs = zip(outputs, cotangents, strict=True)
+        return sum_tensors([(output * cotangent).reshape(batch_size, -1).sum(1) for output, cotangent in pairs])
 
-    return mixing.find_mixed_calls(model, linearised(output), linearised, recording, found)
+    return mixing.find_mixed_calls(model, linearised(outputs), linearised, recording, found)
+
+
+def _passes_through(
+    outputs: Sequence[Tensor], total: Tensor, recording: Recording, found: gradients.SampleGradients
+) -> bool:
+    """Whether what the loss depends on leads to it through the outputs alone, and through none of them to another."""
+    ends = {output.grad_fn for output in outputs}
+    beside = walk_graph(total, stop_at=ends).nodes - ends
+    edges = [recording.calls[index].output for index in found.deltas]
+    edges += [edge_of(tensor) for tensor in recording.inputs if found.inputs]
+    if not outputs or any(edge.node in beside for edge in edges):
+        return False
+    return len(outputs) == 1 or not any(ends & (walk_graph(output).nodes - {output.grad_fn}) for output in outputs)
 
 
 def _input_norms(forward: _Pass, scalar: _ScalarGradients, term: InputTerm) -> GroupNorms:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from gradpen import _checks
 from gradpen._numerics import divide_or_zero, row_sq_norm, widest_float
 from gradpen.cut_layers import CutLayer, layers_in_sum
-from gradpen.isolation import untouched
+from gradpen.isolation import outside_inference, untouched
 from gradpen.layer_norms import METHODS, NORMS, LayerNorms, NormSettings, jacobian_operators, layer_norms
-from gradpen.recording import RngState, map_tensors, record_forward
+from gradpen.recording import RngState, record_forward
 from gradpen.report import ExcludedLayer, InequalityReport, LayerTerms, ratio_or_nan
 from gradpen.sides import Sides, both_sides, output_cotangents
 from gradpen.terms import select_parameters
@@ -91,7 +91,7 @@ def evaluate_inequality(
     _check_precision(parameters)
     name = of if isinstance(of, str) else getattr(of, "__name__", "callable")
     with untouched(model):
-        x, y = (map_tensors(value, _usable) for value in (x, y))
+        x, y = outside_inference(x), outside_inference(y)
         rng = RngState.capture()
         recording = record_forward(model, x, input_grad=True, calls=True)
         cotangents = output_cotangents(recording.output, y, of, criterion)
@@ -175,11 +175,6 @@ def _original_module(model: nn.Module) -> nn.Module:
         if type(model).__name__ == wrapper:
             return _original_module(getattr(model, attribute))
     return model
-
-
-def _usable(tensor: Tensor) -> Tensor:
-    """A tensor made in inference mode cannot be saved for a backward pass; a copy of it can."""
-    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _check_finite(output: Tensor, *directions: Tensor) -> None:

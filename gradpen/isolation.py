@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from gradpen.recording import RngState
+from gradpen.recording import RngState, map_tensors
 
 
 @contextlib.contextmanager
@@ -65,6 +66,11 @@ def random_streams_kept(seed: int | None = None) -> Iterator[None]:
         rng.restore()
         np.random.set_state(numpy_state)
         random.setstate(python_state)
+
+
+def outside_inference(value: Any) -> Any:
+    """Tensors made in inference mode cannot be saved for a backward pass; copies of them can."""
+    return map_tensors(value, lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
 
 
 def _seed_streams(seed: int) -> None:

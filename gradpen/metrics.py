@@ -1,4 +1,8 @@
-"""Torchmetrics: what gradpen measures, accumulated over batches and processes."""
+"""Torchmetrics: what gradpen measures, accumulated over batches and processes.
+
+Every metric of samples is a pair of pure functions, ``_…_update`` (batch → sum and number) and ``_…_compute`` (sum
+and number → mean), in a shell that keeps the states.
+"""
 
 from __future__ import annotations
 
@@ -9,43 +13,48 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import Metric
+from torchmetrics.wrappers.abstract import WrapperMetric
 
 from gradpen import _checks
 from gradpen.functional import input_grad_sq_norm, param_grad_sq_norm
 from gradpen.inequality import evaluate_inequality
-from gradpen.isolation import untouched
+from gradpen.isolation import outside_inference, untouched
+from gradpen.layer_norms import NORMS
 
 __all__ = ["GeneralizationGap", "GeometricComplexity", "InequalityTightness", "ParamGradSqNorm"]
 
+SPLITS = ("train", "held_out")
+
 
 class _SampleMean(Metric):
-    """Mean over samples of a value that has one entry per sample, NaN where it is undefined."""
+    """Mean over samples of a quantity that has one value per sample, NaN where it is undefined."""
 
     is_differentiable = False
     higher_is_better: bool | None = None
     full_state_update = False
     plot_lower_bound = 0.0
 
-    total: Tensor
-    count: Tensor
+    num_samples: Tensor
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, quantity: str, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+        # a name of its own: a MetricCollection takes metrics for one whose states have the same names and values
+        self._sum_name = f"sum_{quantity}"
+        self.add_state(self._sum_name, torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("num_samples", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def compute(self) -> Tensor:
         """Mean over the samples seen so far; NaN if there is none."""
-        return _mean_compute(self.total, self.count)
+        return _sample_mean_compute(getattr(self, self._sum_name), self.num_samples)
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Plot one value or a list of them."""
         return self._plot(val, ax)
 
-    def _accumulate(self, values: Tensor) -> None:
-        total, count = _mean_update(values)
-        self.total = self.total + total.to(self.total)
-        self.count = self.count + count
+    def _add(self, batch_sum: Tensor, batch_samples: Tensor) -> None:
+        before = getattr(self, self._sum_name)
+        setattr(self, self._sum_name, before + batch_sum.to(before))
+        self.num_samples = self.num_samples + batch_samples.to(self.num_samples)
 
 
 class GeometricComplexity(_SampleMean):
@@ -54,6 +63,12 @@ class GeometricComplexity(_SampleMean):
     .. math:: \frac1N \sum_i \|\nabla_x F(x_i)\|_F^2
 
     ``update(model, x)`` takes a module and inputs of shape (B, …) and leaves the module without a trace.
+
+    Args:
+        **kwargs: of ``torchmetrics.Metric``.
+
+    Raises:
+        RuntimeError: in ``update``, as `gradpen.functional.input_grad_sq_norm`.
 
     Example:
         >>> import torch
@@ -69,10 +84,12 @@ class GeometricComplexity(_SampleMean):
         complexity" (2022, arXiv 2209.13083).
     """
 
-    def update(self, model: nn.Module, x: Any) -> None:
-        """Add the samples of one batch."""
-        with untouched(model):
-            self._accumulate(input_grad_sq_norm(model, x, of="output").detach())
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__("jacobian_sq_norm", **kwargs)
+
+    def update(self, model: nn.Module, x: Any, y: Any = None) -> None:
+        """Add the samples of one batch; y is not looked at, but a MetricCollection passes it."""
+        self._add(*_geometric_complexity_update(model, x))
 
 
 class ParamGradSqNorm(_SampleMean):
@@ -86,6 +103,9 @@ class ParamGradSqNorm(_SampleMean):
         criterion: gives f_i, as in `gradpen.functional.param_grad_sq_norm`.
         **kwargs: of ``torchmetrics.Metric``.
 
+    Raises:
+        RuntimeError: in ``update``, as `gradpen.functional.param_grad_sq_norm`.
+
     Example:
         >>> import torch
         >>> from gradpen.metrics import ParamGradSqNorm
@@ -96,13 +116,12 @@ class ParamGradSqNorm(_SampleMean):
     """
 
     def __init__(self, criterion: Callable[..., Tensor] = F.cross_entropy, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__("param_grad_sq_norm", **kwargs)
         self.criterion = criterion
 
     def update(self, model: nn.Module, x: Any, y: Any) -> None:
         """Add the samples of one batch."""
-        with untouched(model):
-            self._accumulate(param_grad_sq_norm(model, x, y, criterion=self.criterion).detach())
+        self._add(*_param_grad_sq_norm_update(model, x, y, self.criterion))
 
 
 class InequalityTightness(_SampleMean):
@@ -116,6 +135,9 @@ class InequalityTightness(_SampleMean):
         criterion: gives f_i, as in `gradpen.evaluate_inequality`.
         norm: "spectral", "frobenius" or "joint".
         **kwargs: of ``torchmetrics.Metric``.
+
+    Raises:
+        ValueError: on an unknown norm, and in ``update`` as `gradpen.evaluate_inequality`.
 
     Example:
         >>> import torch
@@ -131,22 +153,30 @@ class InequalityTightness(_SampleMean):
     def __init__(
         self, criterion: Callable[..., Tensor] = F.cross_entropy, norm: str = "spectral", **kwargs: Any
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__("tightness", **kwargs)
+        _checks.check_choice("norm", norm, NORMS)
         self.criterion = criterion
         self.norm = norm
 
     def update(self, model: nn.Module, x: Any, y: Any) -> None:
         """Add the samples of one batch."""
-        report = evaluate_inequality(model, x, y, criterion=self.criterion, norm=self.norm, slack=False)
-        self._accumulate(report.tightness)
+        self._add(*_inequality_tightness_update(model, x, y, self.criterion, self.norm))
 
 
-class GeneralizationGap(Metric):
+class GeneralizationGap(WrapperMetric):
     """A metric on the training data minus the same metric on held-out data.
 
+    Each of the two keeps its own states, synchronises them over processes and takes its own options
+    (``dist_sync_on_step``, ``process_group`` …), which are those of the metric given.
+
+    ``forward`` accumulates like ``update`` and returns the gap between the latest batches of the two splits, NaN until
+    both have been seen; ``compute`` is NaN on a process that has not seen both.
+
     Args:
-        metric: any torchmetrics metric; it is cloned twice.
-        **kwargs: of ``torchmetrics.Metric``.
+        metric: any torchmetrics metric whose value is a tensor; it is cloned twice.
+
+    Raises:
+        TypeError: if `metric` is not a ``torchmetrics.Metric``, or its value is not a tensor.
 
     Example:
         >>> import torch
@@ -159,42 +189,129 @@ class GeneralizationGap(Metric):
         tensor(0.5000)
     """
 
+    # No state of its own: a MetricCollection would take two gaps for one as long as they have seen as many batches.
+
     is_differentiable = False
-    higher_is_better = False
     full_state_update = False
 
-    def __init__(self, metric: Metric, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, metric: Metric) -> None:
+        super().__init__()
         if not isinstance(metric, Metric):
             raise TypeError(f"expected a torchmetrics Metric, got {type(metric).__name__}")
         self.train_metric = metric.clone()
         self.held_out_metric = metric.clone()
+        self._seen: set[str] = set()
+        self._latest: dict[str, Any] = {}  # value of the last batch by split
 
-    def update(self, preds: Tensor, target: Tensor, split: str) -> None:
+    @property
+    def higher_is_better(self) -> bool | None:  # type: ignore[override]
+        """A smaller gap is better: the opposite of the metric, since of two losses the training loss is the smaller."""
+        better = self.train_metric.higher_is_better
+        return None if better is None else not better
+
+    def update(self, preds: Any, target: Any, split: str) -> None:
         """Add one batch of the training or of the held-out data: ``split="train"`` or ``"held_out"``."""
-        _checks.check_choice("split", split, ("train", "held_out"))
-        (self.train_metric if split == "train" else self.held_out_metric).update(preds, target)
+        self._metric_of(split).update(preds, target)
+        self._seen.add(split)
 
     def compute(self) -> Tensor:
-        """Training value − held-out value."""
-        return self.train_metric.compute() - self.held_out_metric.compute()
+        """Training value − held-out value; NaN on a process that has not seen both."""
+        seen = self._seen == set(SPLITS)
+        if not seen and not torch.distributed.is_initialized():  # the other processes wait for this one to synchronise
+            return torch.tensor(torch.nan, device=self.device)
+        gap = _generalization_gap_compute(*[metric.compute() for metric in self._metrics])
+        return gap if seen else torch.full_like(gap, torch.nan)
+
+    def forward(self, preds: Any, target: Any, split: str) -> Tensor:
+        """Add one batch, and the gap between the latest batches of the two splits."""
+        value = self._metric_of(split)(preds, target)
+        self._seen.add(split)
+        self._latest[split] = value
+        gap = _generalization_gap_compute(*[self._latest.get(name, value * torch.nan) for name in SPLITS])
+        self._forward_cache = gap  # type: ignore[assignment]  # where Lightning finds the value of a step
+        return gap
 
     def reset(self) -> None:
         """Forget both."""
         super().reset()
-        self.train_metric.reset()
-        self.held_out_metric.reset()
+        self._seen, self._latest = set(), {}
+        for metric in self._metrics:
+            metric.reset()
+
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Add what another gap has seen.
+
+        Raises:
+            TypeError: if it is not a `GeneralizationGap`: the states of two metrics do not fit into one dict.
+        """
+        if not isinstance(incoming_state, GeneralizationGap):
+            raise TypeError(f"expected a GeneralizationGap to merge, got {type(incoming_state).__name__}")
+        for metric, other in zip(self._metrics, incoming_state._metrics, strict=True):
+            metric.merge_state(other)
+        self._seen |= incoming_state._seen
+
+    def persistent(self, mode: bool = False) -> None:
+        """Whether the states of both are part of ``state_dict``."""
+        for metric in self._metrics:
+            metric.persistent(mode)
+
+    def set_dtype(self, dst_type: str | torch.dtype) -> GeneralizationGap:
+        """Convert the states of both."""
+        for metric in self._metrics:
+            metric.set_dtype(dst_type)
+        return self
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Plot one value or a list of them."""
         return self._plot(val, ax)
 
+    @property
+    def _metrics(self) -> list[Metric]:
+        return [self._metric_of(split) for split in SPLITS]
 
-def _mean_update(values: Tensor) -> tuple[Tensor, Tensor]:
+    def _metric_of(self, split: str) -> Metric:
+        _checks.check_choice("split", split, SPLITS)
+        return self.train_metric if split == "train" else self.held_out_metric
+
+
+def _geometric_complexity_update(model: nn.Module, x: Any) -> tuple[Tensor, Tensor]:
+    """Sum of ‖∇_x F(x_i)‖_F² over a batch, and B."""
+    with untouched(model):
+        return _sum_and_number(input_grad_sq_norm(model, outside_inference(x), of="output"))
+
+
+def _param_grad_sq_norm_update(
+    model: nn.Module, x: Any, y: Any, criterion: Callable[..., Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Sum of ‖∇_θ f_i‖² over a batch, and B."""
+    with untouched(model):
+        x, y = outside_inference(x), outside_inference(y)
+        return _sum_and_number(param_grad_sq_norm(model, x, y, criterion=criterion))
+
+
+def _inequality_tightness_update(
+    model: nn.Module, x: Any, y: Any, criterion: Callable[..., Tensor], norm: str
+) -> tuple[Tensor, Tensor]:
+    """Sum of the tightness of a batch's samples where it is defined, and their number."""
+    return _sum_and_number(evaluate_inequality(model, x, y, criterion=criterion, norm=norm, slack=False).tightness)
+
+
+def _sum_and_number(values: Tensor) -> tuple[Tensor, Tensor]:
     """Sum and number of the entries that are defined."""
+    values = values.detach()
     return values.nansum(), (~values.isnan()).sum()
 
 
-def _mean_compute(total: Tensor, count: Tensor) -> Tensor:
+def _sample_mean_compute(total: Tensor, num_samples: Tensor) -> Tensor:
     """Mean from a sum and a number; NaN for none."""
-    return total / count
+    return total / num_samples
+
+
+def _generalization_gap_compute(train: Any, held_out: Any) -> Tensor:
+    """Training value − held-out value."""
+    if not (isinstance(train, Tensor) and isinstance(held_out, Tensor)):
+        raise TypeError(
+            f"expected a metric whose value is a tensor, got {type(train).__name__}: take one GeneralizationGap for each "
+            "of the values, in a MetricCollection"
+        )
+    return train - held_out

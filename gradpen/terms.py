@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gradpen import _checks, finite_difference
 from gradpen.criteria import Criterion, Scalar, scalar_per_sample
 
-ParameterFilter = Callable[[str, nn.Parameter], bool] | Sequence[str]
+ParameterFilter = Sequence[str] | Callable[[str, nn.Parameter], bool]
 
 
 @dataclass(frozen=True)

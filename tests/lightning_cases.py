@@ -33,6 +33,12 @@ class Plain(lightning.LightningModule):
         return torch.optim.Adam(self.parameters(), 1e-2)
 
 
+def sq_norm(rows):
+    """‖·‖² of every row, in float32 whatever autocast made of the layers."""
+    rows = rows.float()
+    return (rows * rows).sum(1)
+
+
 class ByHand(Plain):
     """The same with both penalties written out."""
 
@@ -44,9 +50,9 @@ class ByHand(Plain):
         z2 = last(h)
         loss = F.cross_entropy(z2, y)
         g, d1, d2 = torch.autograd.grad(loss * len(x), [x, z1, z2], create_graph=True)
-        r_x = (g * g).sum(1).sum() / len(x)
-        r_1 = (1 + (x * x).sum(1)) * (d1 * d1).sum(1)
-        r_2 = (1 + (h * h).sum(1)) * (d2 * d2).sum(1)
+        r_x = sq_norm(g).sum() / len(x)
+        r_1 = (1 + sq_norm(x)) * sq_norm(d1)
+        r_2 = (1 + sq_norm(h)) * sq_norm(d2)
         return loss + 0.1 * r_x + 0.01 * ((r_1 + r_2).sum() / len(x))
 
 
@@ -60,9 +66,8 @@ def fit(module_class, callbacks, tmp_path, *, max_epochs=2, ckpt_path=None, **op
         enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
         enable_progress_bar=False,
         enable_model_summary=False,
-        accelerator="cpu",
         log_every_n_steps=1,
-        **options,
+        **{"accelerator": "cpu", **options},
     )
     trainer.fit(module, DataLoader(DATA, 16, shuffle=True), DataLoader(DATA, 16), ckpt_path=ckpt_path)
     return module, trainer

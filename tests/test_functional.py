@@ -875,3 +875,27 @@ def test_finite_differences_say_what_they_cannot_displace(name):
         param_grad_sq_norm(model, x, y, **options)
     others = ["net.2.*"]
     assert param_grad_sq_norm(model, x, y, parameters=others, **options) > 0
+
+
+class Potential(nn.Module):
+    """An energy plus its squared force: the forward pass differentiates, and uses every weight once more in doing so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1))
+
+    def forward(self, x):
+        x = x if x.requires_grad else x.detach().requires_grad_()
+        energy = self.net(x)
+        (force,) = torch.autograd.grad(energy.sum(), x, create_graph=True)
+        return energy + force.square().sum(1, keepdim=True)
+
+
+@pytest.mark.filterwarnings("ignore:the gradients of")
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+def test_a_potential_with_its_force(autocast):
+    model, x, y = Potential(), torch.randn(5, 4), torch.randn(5, 1)
+    with torch.autocast("cpu", enabled=autocast):
+        actual = param_grad_sq_norm(model, x, y, criterion=F.mse_loss)
+    expected = ref.param_grad_sq_norm(model.double(), x.double(), y.double(), F.mse_loss)
+    ref.assert_close(actual, expected, 0.05 if autocast else 1e-5)

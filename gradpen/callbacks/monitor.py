@@ -103,7 +103,7 @@ class InequalityMonitor(Callback):
         inputs: Getter = None,
         targets: Getter = None,
         model: str | Callable[[nn.Module], nn.Module] | nn.Module | None = None,
-        criterion: str | Callable[..., Tensor] | None = None,
+        criterion: str | Callable[..., Any] | None = None,  # YAML can name a class for Any, not for Tensor
         of: str | Callable[[Any, Any], Tensor] = "loss",
         norm: str = "spectral",
         slack: bool = False,

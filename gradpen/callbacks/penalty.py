@@ -8,16 +8,20 @@ from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from gradpen import _checks
+from gradpen._numerics import divide_or_zero
 from gradpen.callbacks._batch import Getter, find_model, split_batch
 from gradpen.callbacks._lightning import Callback
-from gradpen.evaluation import evaluate_loss_terms
+from gradpen.evaluation import GroupNorms, evaluate_loss_terms
 from gradpen.penalties import GradPenalty
-from gradpen.recording import CallRecorder, Recording, float_tensors, requiring_grad, tensors_of
+from gradpen.recording import CallRecorder, InputGate, Recording, float_tensors, requiring_grad, tensors_of
 from gradpen.terms import InputTerm
+
+Due = list[tuple[GradPenalty, float]]  # the penalties of one step, and what each R is multiplied by
 
 
 class GradPenaltyCallback(Callback):
@@ -26,28 +30,39 @@ class GradPenaltyCallback(Callback):
     .. math:: \text{loss} \leftarrow \text{loss} + \sum_k \text{weight}_k R_k
 
     The penalties are computed from the graph of that very loss: there is no second forward pass. ``training_step`` is
-    wrapped while ``fit`` runs and put back afterwards, also after an exception. Under gradient accumulation every
-    micro-batch is penalised like a batch of its own and averaged as the loss is; under automatic mixed precision the
-    penalties see unscaled gradients. With data-parallel strategies the per-sample penalties equal those of the whole
-    batch, since they are means over samples; ``over="batch"`` is then the mean of the processes' penalties, which
-    differs from that of the whole batch.
+    wrapped while ``fit`` runs and put back afterwards, also after an exception or Ctrl-C.
+
+    The loss is taken for the mean (or the sum, ``reduction="sum"``) over the samples of f_i, where f_i depends on sample i
+    alone. With token losses averaged over what ``ignore_index`` leaves, f_i is sample i's share of that mean, times the
+    batch size. The input is x as it is in the batch, before anything that ``training_step`` does to it, and that must not be
+    in place.
+
+    A *step* is an optimiser step, the trainer's ``global_step``: weight schedules, ``every_n_steps`` and ``warmup_steps``
+    count these, so all micro-batches of one step, and all evaluations of one LBFGS step, are penalised alike, and a resumed
+    run goes on where it stopped. Under gradient accumulation penalties of single samples equal those of the big batch;
+    ``over="batch"`` is the mean over micro-batches. Data-parallel processes are like micro-batches: the per-sample penalties
+    equal those of the whole batch, and ``over="batch"`` is the mean of the processes' penalties, which differs from that of
+    the whole batch. Under automatic mixed precision the penalties are those of the loss before it is scaled.
 
     Logged are ``penalty/<name>``, the unweighted R, and ``penalty/share_of_loss``, Σ weight·R over the whole loss.
 
     Args:
         *given: `InputGradPenalty` and `ParamGradPenalty` with ``method="exact"``, of different names; also
-            ``InputGradPenalty(of="output")`` with "exact" or "projection".
+            ``InputGradPenalty(of="output")`` with "exact" or "projection". Parameters are named as in the LightningModule.
         penalties: the same as a list, for configuration files.
         reduction: "mean" or "sum": how the module's loss is made from the losses of the samples.
         warmup_steps: raise all weights linearly from 0 over so many optimiser steps.
         inputs: which part of a batch is x: key, index or callable; found if the batch is (x, y) or an ordinary dict.
         model: which part of the module maps x to the output: name, callable or module; needed for ``of="output"`` if the
             module has no ``forward`` and several children.
+        sync_dist: log the mean over processes instead of the first one's value, as in ``LightningModule.log``.
 
     Raises:
         ValueError: on penalties that need a forward pass of their own, or of the same name.
-        RuntimeError: at the start of training under manual optimisation; during training if ``training_step`` returns no
-            loss, or the loss does not depend on the input.
+        RuntimeError: at the start of training, under manual optimisation, for a compiled module, one that fetches its own
+            batches (``dataloader_iter``), a second `GradPenaltyCallback`, or a strategy that shards parameters; during
+            training, if ``training_step`` returns no loss, the loss does not depend on the input, or a parameter has no
+            closed form.
         TypeError: during training, if the batch has no floating-point input.
 
     Example:
@@ -58,7 +73,8 @@ class GradPenaltyCallback(Callback):
         >>> trainer = Trainer(callbacks=[callback], logger=False, enable_checkpointing=False)
 
     Source:
-        Warm-up: "Gradient regularization and learning-rate warm-up interact" is studied in arXiv 2406.09723.
+        Zhao, Zhang and Hu, "When will gradient regularization be harmful?" (2024, arXiv 2406.09723) for the warm-up of the
+        weight, their λ-warmup: without it the penalty can spoil the statistics of adaptive optimisers early on.
     """
 
     def __init__(
@@ -69,6 +85,7 @@ class GradPenaltyCallback(Callback):
         warmup_steps: int = 0,
         inputs: Getter = None,
         model: str | Callable[[nn.Module], nn.Module] | nn.Module | None = None,
+        sync_dist: bool = False,
     ) -> None:
         super().__init__()
         self.penalties = [*given, *penalties]
@@ -84,22 +101,22 @@ class GradPenaltyCallback(Callback):
         self.warmup_steps = warmup_steps
         self.inputs = inputs
         self.model = model
+        self.sync_dist = sync_dist
         self._put_back: Callable[[], None] | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Wrap ``training_step``."""
-        if not pl_module.automatic_optimization:
-            raise RuntimeError(
-                "GradPenaltyCallback adds to the loss that training_step returns, and under manual optimisation (automatic_"
-                "optimization=False) that loss is not used: call PenalizedLoss inside training_step instead"
-            )
         self._unwrap()
+        _check_run(trainer, pl_module)
         own = pl_module.__dict__.get("training_step")
         step = pl_module.training_step
 
         @functools.wraps(step)
-        def penalized_step(*args: Any, **kwargs: Any) -> Any:
-            return self._penalized(trainer, pl_module, step, args, kwargs)
+        def penalized_step(batch: Any, *args: Any, **kwargs: Any) -> Any:
+            return self._penalized(trainer, pl_module, lambda fed: step(fed, *args, **kwargs), batch)
+
+        # Lightning looks behind one decorator for the signature: a step that has one of its own must stay as it was seen
+        penalized_step.__wrapped__ = getattr(step, "__wrapped__", step)
 
         def put_back() -> None:
             if own is None:
@@ -122,57 +139,43 @@ class GradPenaltyCallback(Callback):
         """Put ``training_step`` back."""
         self._unwrap()
 
-    def state_dict(self) -> dict[str, Any]:
-        """The penalties' step counters."""
-        return {penalty.name: penalty.get_extra_state() for penalty in self.penalties}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Put the step counters back."""
-        for penalty in self.penalties:
-            penalty.set_extra_state(state_dict[penalty.name])
-
     def _unwrap(self) -> None:
         if self._put_back is not None:
             self._put_back()
             self._put_back = None
 
-    def _penalized(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        step: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
+    def _penalized(self, trainer: Trainer, pl_module: LightningModule, step: Callable[[Any], Any], batch: Any) -> Any:
         """What ``training_step`` returns, with the penalties added to its loss."""
-        factors = [penalty.advance(pl_module) for penalty in self.penalties]
-        due = [(penalty, factor) for penalty, factor in zip(self.penalties, factors, strict=True) if factor is not None]
+        due = self._due(trainer.global_step, pl_module)
         if not due:
-            return step(*args, **kwargs)
-        batch = kwargs["batch"] if "batch" in kwargs else args[0]
-        inputs: list[Tensor] = []
-        if any(isinstance(penalty.term, InputTerm) for penalty, _ in due):
-            batch, inputs = _with_input_gradients(batch, self.inputs)
-        args, kwargs = (args, {**kwargs, "batch": batch}) if "batch" in kwargs else ((batch, *args[1:]), kwargs)
-        recording = Recording(None, inputs)
-        with _output_kept(self._model_of(pl_module), recording), CallRecorder() as recorder:
-            returned = step(*args, **kwargs)
-        recording.calls = recorder.calls
-        loss = _loss_of(returned)
-        batch_size = len(inputs[0]) if inputs else _batch_size(batch)
+            return step(batch)
         terms = [penalty.term for penalty, _ in due]
-        all_norms = evaluate_loss_terms(
-            pl_module, loss, recording, terms, batch_size=batch_size, reduction=self.reduction
-        )
-        ramp = min(1.0, (trainer.global_step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
-        penalized, values = loss, {}
-        for (penalty, factor), norms in zip(due, all_norms, strict=True):
-            value = penalty.reduce(norms)
-            values[f"penalty/{penalty.name}"] = value.detach()
-            penalized = penalized + (ramp * factor) * value
-        values["penalty/share_of_loss"] = ((penalized - loss) / penalized).detach()
-        pl_module.log_dict(values, batch_size=batch_size)
+        fed, recording = batch, Recording(None, [])
+        if any(isinstance(term, InputTerm) for term in terms):
+            fed, recording = _with_input_gradients(batch, self.inputs)
+        with _outputs_of(self._model_of(pl_module)) as outputs, CallRecorder(recording.gate) as recorder:
+            returned = step(fed)
+        if any(isinstance(term, InputTerm) and term.of == "output" for term in terms):
+            _check_called_once(outputs)
+        recording.calls, recording.output = recorder.calls, outputs[0] if len(outputs) == 1 else outputs
+        batch_size = len(recording.inputs[0]) if recording.inputs else _batch_size(batch, self.inputs)
+        loss = _loss_of(returned)
+        norms = evaluate_loss_terms(pl_module, loss, recording, terms, batch_size=batch_size, reduction=self.reduction)
+        recording.gate.closed = True
+        penalized, values = _add_penalties(loss, due, norms)
+        pl_module.log_dict(values, batch_size=batch_size, sync_dist=self.sync_dist)
         return {**returned, "loss": penalized} if isinstance(returned, Mapping) else penalized
+
+    def _due(self, step: int, pl_module: LightningModule) -> Due:
+        """The penalties of an optimiser step with their factors."""
+        ramp = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        due = []
+        for penalty in self.penalties:
+            penalty.num_calls = step  # micro-batches and line searches are no steps
+            factor = penalty.advance(pl_module)
+            if factor is not None:
+                due.append((penalty, ramp * factor))
+        return due
 
     def _model_of(self, pl_module: LightningModule) -> nn.Module | None:
         """The part whose output shows which rows are samples; None if it is neither given nor evident."""
@@ -183,6 +186,51 @@ class GradPenaltyCallback(Callback):
             except ValueError:  # the rows are then checked by their shapes
                 return None
         return find_model(pl_module, self.model)
+
+
+def _add_penalties(loss: Tensor, due: Due, all_norms: Sequence[GroupNorms]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss with its penalties, and what is logged."""
+    values, penalized, share = {}, loss, loss.new_zeros(())
+    for (penalty, factor), norms in zip(due, all_norms, strict=True):
+        value = penalty.reduce(norms)
+        penalized = penalized + factor * value
+        share = share + factor * value.detach()
+        values[f"penalty/{penalty.name}"] = value.detach()
+    values["penalty/share_of_loss"] = divide_or_zero(share, penalized.detach())
+    return penalized, values
+
+
+def _check_run(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Refuse, before the first step, runs in which a penalty would be wrong or fail later."""
+    if not pl_module.automatic_optimization:
+        raise RuntimeError(
+            "GradPenaltyCallback adds to the loss that training_step returns, and under manual optimisation (automatic_"
+            "optimization=False) that loss is not used: call PenalizedLoss inside training_step instead"
+        )
+    callbacks: list[Any] = getattr(trainer, "callbacks")
+    if sum(isinstance(callback, GradPenaltyCallback) for callback in callbacks) > 1:
+        raise RuntimeError(
+            "expected one GradPenaltyCallback, got several: the second would penalise the gradients of the first one's "
+            "penalties. Give all penalties to one: GradPenaltyCallback(InputGradPenalty(…), ParamGradPenalty(…))"
+        )
+    strategy = type(trainer.strategy).__name__
+    if any(word in strategy for word in ("FSDP", "DeepSpeed", "ModelParallel")):
+        raise RuntimeError(
+            f"GradPenaltyCallback differentiates a gradient, which is not supported through the sharded parameters of "
+            f'{strategy}: use strategy="ddp" or a single device'
+        )
+    if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
+        raise RuntimeError(
+            "GradPenaltyCallback has to see the batch, and training_step(dataloader_iter) fetches it by itself: take "
+            "training_step(batch, batch_idx), or call PenalizedLoss inside training_step"
+        )
+    compiled = getattr(pl_module, "_compiler_ctx", None) is not None
+    if compiled or any(_checks.is_compiled(module) for module in pl_module.modules()):
+        raise RuntimeError(
+            "GradPenaltyCallback differentiates a gradient, and PyTorch cannot do that through a module compiled with torch."
+            'compile: fit the original module, or call PenalizedLoss with penalties of method="finite_difference" inside '
+            "training_step"
+        )
 
 
 def _check_penalty(penalty: object) -> None:
@@ -206,8 +254,8 @@ def _check_penalty(penalty: object) -> None:
         )
 
 
-def _with_input_gradients(batch: Any, inputs: Getter) -> tuple[Any, list[Tensor]]:
-    """The batch with floating-point inputs that require grad in place of x, and these inputs."""
+def _with_input_gradients(batch: Any, inputs: Getter) -> tuple[Any, Recording]:
+    """The batch with floating-point inputs that require grad in place of x, and a recording that starts from these."""
     x, _ = split_batch(batch, inputs, targets=lambda _: None)
     replaced = {id(tensor): requiring_grad(tensor) for tensor in float_tensors(x)}
     if not replaced:
@@ -216,8 +264,21 @@ def _with_input_gradients(batch: Any, inputs: Getter) -> tuple[Any, list[Tensor]
             f"{', '.join(str(tensor.dtype) for tensor in tensors_of(x)) or type(x).__name__}: say where it is with inputs=…"
             ", or use ParamGradPenalty"
         )
-    with_gradients = apply_to_collection(batch, Tensor, lambda tensor: replaced.get(id(tensor), tensor))
-    return with_gradients, list(replaced.values())
+    seen: set[int] = set()
+
+    def replace(tensor: Tensor) -> Tensor:
+        seen.add(id(tensor))
+        return replaced.get(id(tensor), tensor)
+
+    fed = apply_to_collection(batch, Tensor, replace)
+    if not seen >= set(replaced):
+        raise TypeError(
+            "expected the input to be an item of a batch of tuples, lists, dicts and dataclasses, so that an alias that "
+            f"requires grad can take its place, got a batch of type {type(batch).__name__}: let the collate function return "
+            "such a batch, or call PenalizedLoss inside training_step"
+        )
+    gate = InputGate([alias for given, alias in replaced.items() if id(alias) != given])
+    return fed, Recording(None, list(replaced.values()), gate=gate)
 
 
 def _loss_of(returned: Any) -> Tensor:
@@ -225,34 +286,43 @@ def _loss_of(returned: Any) -> Tensor:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise RuntimeError(
             "expected training_step to return the loss as a scalar tensor, or a dict with it under 'loss', got "
-            f"{type(returned).__name__ if not isinstance(loss, Tensor) else f'shape {tuple(loss.shape)}'}: there is nothing "
+            f"{type(loss).__name__ if not isinstance(loss, Tensor) else f'shape {tuple(loss.shape)}'}: there is nothing "
             "to add a penalty to"
         )
     return loss
 
 
-def _batch_size(batch: Any) -> int:
-    """Rows of the first tensor of a batch that has any."""
+def _batch_size(batch: Any, inputs: Getter) -> int:
+    """Rows of the first tensor of x if it is given, else of the batch, that has any."""
+    x = batch if inputs is None else split_batch(batch, inputs, lambda _: None)[0]
     found: list[Tensor] = []
-    apply_to_collection(batch, Tensor, found.append)
+    apply_to_collection(x, Tensor, found.append)
     for tensor in found:
         if tensor.dim() > 0:
             return len(tensor)
-    raise TypeError(f"expected a batch with tensors of shape (B, …), got {type(batch).__name__}")
+    raise TypeError(
+        f"expected a batch with tensors of shape (B, …), got {type(batch).__name__}: say where the input is with inputs=…"
+    )
 
 
 @contextmanager
-def _output_kept(model: nn.Module | None, recording: Recording) -> Iterator[None]:
-    """Keep the output of the model's last call in the recording."""
+def _outputs_of(model: nn.Module | None) -> Iterator[list[Any]]:
+    """Collects what the model's calls within the block return."""
+    outputs: list[Any] = []
     if model is None:
-        yield
+        yield outputs
         return
-
-    def keep(_: nn.Module, __: Any, output: Any) -> None:
-        recording.output = output
-
-    handle = model.register_forward_hook(keep)
+    handle = model.register_forward_hook(lambda _, __, output: outputs.append(output))
     try:
-        yield
+        yield outputs
     finally:
         handle.remove()
+
+
+def _check_called_once(outputs: Sequence[Any]) -> None:
+    """The Jacobian is that of one output."""
+    if len(outputs) != 1:
+        raise RuntimeError(
+            f'of="output" expects one call of the model in training_step, got {len(outputs)}: say which part of the module '
+            "maps x to the output with model=…"
+        )
