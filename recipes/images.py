@@ -65,6 +65,19 @@ class Images:
         return Labelled(x.to(dtype), y)
 
 
+def normalised(train: Labelled, test: Labelled) -> tuple[Labelled, Labelled, Labelled]:
+    """Training, (no) validation and test images with mean 0 and variance 1 over the training pixels, channel by channel.
+
+    Args:
+        train: images (N, height, width) or (N, channels, height, width).
+        test: likewise.
+    """
+    over = (0, -2, -1) if train.x.dim() == 4 else (0, 1, 2)
+    mean, std = train.x.mean(over, keepdim=True), train.x.std(over, keepdim=True)
+    train, test = (Labelled((part.x - mean) / std, part.y) for part in (train, test))
+    return train, train.rows(slice(0)), test
+
+
 class EpochBatches(Sampler[Tensor]):
     """The indices of one epoch's batches, a tensor each; under several processes, this one's share of them.
 
