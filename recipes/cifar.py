@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torchvision.datasets import CIFAR10, CIFAR100
+
 from downloads import load_or_embedded, train_and_test
 from flags import Settings, UserError, run_recipe, with_default_weights
 from folders import load_folder
 from images import Images, Labelled, normalised
 from results import Summary
 from synthetic import load_synthetic
-from torchvision.datasets import CIFAR10, CIFAR100
 from training import run
 
 DEFAULT_WEIGHTS = {"input": (1.0, None), "param": (0.001, None), "both": (1.0, 0.001)}

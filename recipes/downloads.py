@@ -11,9 +11,10 @@ from threading import Thread
 from typing import Any
 from urllib.request import urlopen
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
 from flags import UserError
 from images import Images
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 NETWORK_SECONDS = 5.0
 

@@ -13,12 +13,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from flags import UserError
-from images import Images, Labelled, normalised
 from PIL import Image, UnidentifiedImageError
 from rich.progress import track
 from torch import Tensor
 from torchvision.datasets import ImageFolder
+
+from flags import UserError
+from images import Images, Labelled, normalised
 
 PARTS = ("train", "test")
 CACHE_VERSION = 1

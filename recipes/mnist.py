@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from sklearn import datasets
+from torchvision.datasets import KMNIST, MNIST, FashionMNIST
+
 from downloads import load_or_embedded, train_and_test
 from flags import Settings, run_recipe, with_default_weights
 from images import Images, Labelled, normalised
 from results import Summary
-from sklearn import datasets
-from torchvision.datasets import KMNIST, MNIST, FashionMNIST
 from training import run
 
 # Chosen on the last 10,000 training images: see README.md.

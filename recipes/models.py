@@ -6,8 +6,9 @@ from collections import OrderedDict
 from collections.abc import Callable
 from itertools import pairwise
 
-from flags import Settings, UserError
 from torch import nn
+
+from flags import Settings, UserError
 
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "softplus": nn.Softplus, "tanh": nn.Tanh}
 GAINS = {"relu": "relu", "tanh": "tanh"}  # torch's names; it knows no gain of the others

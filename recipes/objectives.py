@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
-from flags import Settings, UserError
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from flags import Settings, UserError
 from gradpen import InputGradPenalty, ParamGradPenalty, PenalizedLoss
 from gradpen.penalties import GradPenalty
 

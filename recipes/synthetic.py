@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 
 import torch
-from images import Images, Labelled, normalised
 from torch import Tensor
+
+from images import Images, Labelled, normalised
 
 SIDE = 32
 SHAPES = ("disc", "square", "triangle", "cross", "ring")

@@ -14,21 +14,21 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from flags import Settings
-from images import ImageBatches, Images
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, Timer, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
-from models import mlp
-from objectives import penalised_loss
-from results import Summary, bound_summary, penalty_cost, table, write_results
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
+from flags import Settings
 from gradpen import PenalizedLoss
 from gradpen.callbacks import InequalityMonitor
 from gradpen.penalties import PenalizedOutput
+from images import ImageBatches, Images
+from models import mlp
+from objectives import penalised_loss
+from results import Summary, bound_summary, penalty_cost, table, write_results
 
 EARLY_CHECKS = (1, 3, 10, 30, 100)  # steps, as the bound moves most in the first ones
 HARMLESS = (  # warnings
