@@ -28,7 +28,7 @@ from typing import Any
 import yaml
 
 from comparison.records import Records
-from comparison.runs import Run
+from comparison.runs import Run, data_name
 from flags import UserError
 
 BASELINE = "none"
@@ -204,7 +204,7 @@ def task_name(settings: Values, task: Values) -> str:
     """What a task is called: its name, or the data and how many images of it."""
     merged = {**settings, **task}
     size = f"{merged['train_size']:,}" if merged.get("train_size") else "all"
-    return str(task.get("name", f"{merged.get('dataset')}, {size} images"))
+    return str(task.get("name", f"{data_name(merged)}, {size} images"))
 
 
 def matched_name(factor: float) -> str:
@@ -222,14 +222,23 @@ def read_grid(path: Path, overrides: Values | None = None) -> Grid:
     Raises:
         UserError: if it cannot be read, or is no grid.
     """
-    try:
-        described = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"--grid {path} cannot be read: {error}") from error
+    described = _read(path)
     given = _fields(Grid, described, str(path))
     given["sweeps"] = [Sweep(**_fields(Sweep, sweep, f"a sweep of {path}")) for sweep in given.get("sweeps", [])]
     given["settings"] = {**given.get("settings", {}), **(overrides or {})}
     return Grid(**given)
+
+
+def _read(path: Path) -> Any:
+    """A YAML file, with what it extends put in."""
+    try:
+        described = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"--grid {path} cannot be read: {error}") from error
+    if not isinstance(described, dict) or "extends" not in described:
+        return described
+    base = _read(path.parent / described.pop("extends"))
+    return {**base, **described, "settings": {**base.get("settings", {}), **described.get("settings", {})}}
 
 
 def _fields(kind: Callable[..., Any], described: Any, what: str) -> dict[str, Any]:

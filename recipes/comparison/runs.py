@@ -86,6 +86,14 @@ class Run:
         return hashlib.sha256(described.encode()).hexdigest()[:20]
 
 
+def data_name(settings: Mapping[str, Any]) -> str:
+    """What the data of some settings is called, without loading it."""
+    _, module = RECIPES.get(settings.get("recipe", ""), (None, None))
+    dataset = settings.get("dataset", "")
+    known = getattr(module, "TORCHVISION", {}).get(dataset)
+    return known[0] if known else settings.get("dataset_name") or dataset
+
+
 class DivergedError(Exception):
     """The loss is no number any more."""
 
