@@ -10,6 +10,7 @@ for each run), results.csv, report.md, report.html and figures/.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -68,17 +69,18 @@ def main(settings: CompareSettings) -> Path | None:
         if settings.dry_run:
             print(how_long(grid, records, settings.jobs))
             return None
-        done = run_grid(grid, records, engine(settings))
+        with engine(settings) as make_runs:
+            done = run_grid(grid, records, make_runs)
     write_report(out, grid, done)
     print(f"{out}/: report.html, report.md, results.csv, figures/")
     return out
 
 
-def engine(settings: CompareSettings) -> Engine:
+def engine(settings: CompareSettings) -> AbstractContextManager[Engine]:
     """Where the runs are made."""
     if settings.engine == "ray":
         return Ray(settings.jobs, settings.ray_address)
-    return Processes(settings.jobs) if settings.jobs > 1 else in_this_process
+    return Processes(settings.jobs) if settings.jobs > 1 else nullcontext(in_this_process)
 
 
 def how_long(grid: Grid, records: Records, jobs: int) -> str:

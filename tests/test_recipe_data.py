@@ -197,12 +197,12 @@ def test_synthetic_images_come_from_the_seed() -> None:
 
 
 def test_memorising_synthetic_images_does_not_pay(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(synthetic, "TRAIN", 2000)
+    monkeypatch.setattr(synthetic, "TRAIN", 1000)
     monkeypatch.setattr(synthetic, "TEST", 1000)
-    small = ("--dataset", "synthetic", "--hidden", "64", "--epochs", "25", "--checks", "1", "--probe-size", "4")
+    small = ("--dataset", "synthetic", "--hidden", "64", "--epochs", "20", "--checks", "1", "--probe-size", "4")
     summary = cifar.main(parse(*small, "--out", str(tmp_path / "run"), "--accelerator", "cpu"))
     torch.use_deterministic_algorithms(False)
-    assert summary["dataset_name"] == "synthetic shapes (32×32, 3,000 images)"
+    assert summary["dataset_name"] == "synthetic shapes (32×32, 2,000 images)"
     assert summary["train_accuracy"] > 0.9
     assert 0.25 < summary["test_accuracy"] < summary["train_accuracy"] - 0.2
     assert json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))["dataset"] == "synthetic"

@@ -256,7 +256,7 @@ def _levels(runs: Sequence[Outcome], side: str) -> str:
     cells = []
     for when in ("start", "epoch", "end"):
         ratio = paired_ratio(at_by_seed(runs, when, side), at_by_seed(runs, when, "input_grad_sq_norm"))
-        cells.append("–" if ratio is None else f"{ratio.exp()[0]:.3g}")
+        cells.append("–" if ratio is None else _number(ratio.exp()[0]))
     return " → ".join(cells)
 
 
@@ -390,9 +390,14 @@ def _ratio(found: Interval | None) -> str:
     if found is None:
         return "–"
     mean, low, high = found.exp()
-    return f"{mean:.3g}" if low is None or high is None else f"{mean:.3g} [{low:.3g}, {high:.3g}]"
+    return _number(mean) if low is None or high is None else f"{_number(mean)} [{_number(low)}, {_number(high)}]"
 
 
 def _mean(values: Iterable[float]) -> str:
     found = list(values)
-    return f"{statistics.fmean(found):.3g}" if found else "–"
+    return _number(statistics.fmean(found)) if found else "–"
+
+
+def _number(value: float) -> str:
+    """Three digits, and no powers of ten where a reader wants none."""
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.3g}"

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from importlib.util import find_spec
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
@@ -29,40 +28,44 @@ def in_this_process(runs: Iterable[Run], started: Started) -> Iterator[tuple[Run
         yield run, make(run)
 
 
-@dataclass(frozen=True)
 class Processes:
-    """Several processes on this machine, which share its cores and live as long as there are runs.
+    """Several processes on this machine, which share its cores and make many runs each; a context manager.
 
     Args:
         jobs: number of processes.
     """
 
-    jobs: int
+    def __init__(self, jobs: int) -> None:
+        self.jobs = jobs
+        self._pool = self._new_pool()
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
 
     def __call__(self, runs: Iterable[Run], started: Started) -> Iterator[tuple[Run, Record]]:
         """Never more runs are under way than there are processes, so those that are shown as started have."""
         waiting = iter(runs)
-        pool, under_way = self._pool(), dict[Future[Record], Run]()
-        try:
-            while True:
-                while len(under_way) < self.jobs and (run := next(waiting, None)) is not None:
-                    started(run)
-                    under_way[pool.submit(make, run)] = run
-                if not under_way:
-                    return
-                done, _ = wait(under_way, return_when=FIRST_COMPLETED)
-                finished = [(under_way.pop(future), _result(future)) for future in done]
-                if any(record is None for _, record in finished):  # then all others are lost too
-                    finished += [(run, None) for run in under_way.values()]
-                    under_way.clear()
-                    pool.shutdown()
-                    pool = self._pool()
-                for run, record in finished:
-                    yield run, record or failure("a worker process died (killed, or out of memory)")
-        finally:
-            pool.shutdown(cancel_futures=True)
+        under_way: dict[Future[Record], Run] = {}
+        while True:
+            while len(under_way) < self.jobs and (run := next(waiting, None)) is not None:
+                started(run)
+                under_way[self._pool.submit(make, run)] = run
+            if not under_way:
+                return
+            done, _ = wait(under_way, return_when=FIRST_COMPLETED)
+            ended = [(under_way.pop(future), _result(future)) for future in done]
+            if any(record is None for _, record in ended):  # then all others are lost too
+                ended += [(run, None) for run in under_way.values()]
+                under_way.clear()
+                self._pool.shutdown()
+                self._pool = self._new_pool()
+            for run, record in ended:
+                yield run, record or failure("a worker process died (killed, or out of memory)")
 
-    def _pool(self) -> ProcessPoolExecutor:
+    def _new_pool(self) -> ProcessPoolExecutor:
         return ProcessPoolExecutor(
             self.jobs, get_context("spawn"), initializer=prepare_worker, initargs=(threads_for(self.jobs),)
         )
@@ -94,9 +97,10 @@ def _exit_with(sentinel: int) -> None:
     os._exit(1)  # in the middle of a run: nobody would take its record
 
 
-@dataclass(frozen=True)
 class Ray:
-    """A Ray cluster, or Ray on this machine.
+    """A Ray cluster, or Ray on this machine; a context manager.
+
+    Workers get the recipes from here; gradpen has to be installed where they are, and the data to be there.
 
     Args:
         jobs: runs at once.
@@ -106,41 +110,42 @@ class Ray:
         UserError: if Ray is not installed.
     """
 
-    jobs: int
-    address: str | None = None
-
-    def __post_init__(self) -> None:
+    def __init__(self, jobs: int, address: str | None = None) -> None:
         if find_spec("ray") is None:
             raise UserError('--engine ray needs Ray: pip install "gradpen[ray]"')
-
-    def __call__(self, runs: Iterable[Run], started: Started) -> Iterator[tuple[Run, Record]]:
-        """Workers get the recipes from here; gradpen is installed where they are, and so is the data."""
         import ray
 
-        threads = threads_for(self.jobs) if self.address is None else 1
-        recipes = str(Path(__file__).parents[1])
-        ray.init(
-            self.address,
-            num_cpus=self.jobs if self.address is None else None,
-            include_dashboard=False if self.address is None else None,
-            runtime_env={"working_dir": recipes, "env_vars": {"OMP_NUM_THREADS": str(threads)}},
-            log_to_driver=False,
-        )
-        try:
-            remote = ray.remote(num_cpus=1, max_retries=0)(make)
-            waiting = iter(runs)
-            under_way: dict[Any, Run] = {}
-            while True:
-                while len(under_way) < self.jobs and (run := next(waiting, None)) is not None:
-                    started(run)
-                    under_way[remote.remote(run)] = run
-                if not under_way:
-                    return
-                done, _ = ray.wait(list(under_way))
-                for reference in done:
-                    yield under_way.pop(reference), _fetched(ray, reference)
-        finally:
-            ray.shutdown()
+        self.jobs = jobs
+        self._ray = ray
+        here: dict[str, Any] = {"num_cpus": jobs, "include_dashboard": False} if address is None else {}
+        threads = threads_for(jobs) if address is None else 1
+        environment = {
+            "working_dir": str(Path(__file__).parents[1]),
+            "env_vars": {"OMP_NUM_THREADS": str(threads)},
+            "excludes": ["__pycache__"],
+        }
+        ray.init(address, runtime_env=environment, log_to_driver=False, **here)
+        self._make = ray.remote(num_cpus=1, max_retries=0)(make)
+
+    def __enter__(self) -> Ray:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ray.shutdown()
+
+    def __call__(self, runs: Iterable[Run], started: Started) -> Iterator[tuple[Run, Record]]:
+        """Never more runs are handed over than may be under way at once."""
+        waiting = iter(runs)
+        under_way: dict[Any, Run] = {}
+        while True:
+            while len(under_way) < self.jobs and (run := next(waiting, None)) is not None:
+                started(run)
+                under_way[self._make.remote(run)] = run
+            if not under_way:
+                return
+            done, _ = self._ray.wait(list(under_way))
+            for reference in done:
+                yield under_way.pop(reference), _fetched(self._ray, reference)
 
 
 def _fetched(ray: Any, reference: Any) -> Record:

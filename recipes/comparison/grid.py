@@ -162,6 +162,7 @@ class Grid:
 
     def reporting(self, task: Values, method: str, settings: Values) -> Iterator[Planned]:
         """The chosen settings with fresh seeds."""
+        settings = {**settings, **task.get("report", {})}
         for seed in self.seeds:
             yield _planned(settings, seed, "report", task_name(self.settings, task), method)
 
@@ -194,15 +195,18 @@ class Grid:
                     yield _planned(settings, seed, "sweep", f"sweep {number}", name, sweep.question)
 
 
+NOT_FLAGS = ("recipe", "name", "report")
+
+
 def _planned(settings: Values, seed: int, stage: str, task: str, method: str, question: int = 0) -> Planned:
-    flags = {name: value for name, value in settings.items() if name not in ("recipe", "name")}
+    flags = {name: value for name, value in settings.items() if name not in NOT_FLAGS}
     run = Run(str(settings.get("recipe")), {**flags, "seed": seed}, reads_test=stage != "choose")
     return Planned(run, stage, task, method, seed, question)
 
 
 def task_name(settings: Values, task: Values) -> str:
     """What a task is called: its name, or the data and how many images of it."""
-    merged = {**settings, **task}
+    merged = {**settings, **task, **task.get("report", {})}
     size = f"{merged['train_size']:,}" if merged.get("train_size") else "all"
     return str(task.get("name", f"{data_name(merged)}, {size} images"))
 

@@ -72,7 +72,7 @@ def facts(results: Results) -> Table:
     finished = [one for one in results.all if one.result]
     unique = {one.record["key"]: one for one in finished}.values()
     names = sorted({one.result["dataset_name"] for one in finished})
-    machines = sorted({f"{one.result['machine']}, {one.result['threads']} threads a run" for one in finished})
+    machines = sorted({f"{one.result['machine']}, threads of a run: {one.result['threads']}" for one in finished})
     torches = sorted({one.result["torch"] for one in finished})
     diverged = sum(one.record["status"] == "diverged" for one in unique)
     rows = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import platform
 import time
 import traceback
@@ -38,6 +39,7 @@ PLACES = ("data_dir", "out", "resume", "accelerator", "devices", "strategy")  # 
 RECORD_VERSION = 1
 NORMS = ("frobenius", "spectral", "joint")  # from the loosest to the tightest
 LADDER_SIZE = 16  # samples on which all three are compared: the first needs whole Jacobians
+PROBED = 128  # samples for what costs little
 COLLAPSED = 1.2  # times the share of the most frequent class
 
 Record = dict[str, Any]
@@ -160,7 +162,7 @@ def _train(run: Run) -> Record:
             "seconds": seconds,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
-            "machine": platform.processor() or platform.machine(),
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         },
         "history": [] if monitor is None else monitor.history,
     }
@@ -209,7 +211,17 @@ def fit(
             trainer.fit(classifier, datamodule=ImageBatches(images, settings.batch_size, settings.seed))
         except DivergedError:
             return monitor, True
-    return monitor, not all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+        except RuntimeError:  # what the monitor, or torch, says of logits that are no numbers
+            if logits_are_finite(model, images):
+                raise
+            return monitor, True
+    return monitor, not logits_are_finite(model, images)
+
+
+def logits_are_finite(model: nn.Module, images: Images) -> bool:
+    """Whether the network still maps training images to numbers."""
+    with torch.no_grad():
+        return bool(model(images.probe(PROBED, torch.float32).x).isfinite().all())
 
 
 def check_schedule(settings: Settings, images: Images) -> InequalityMonitor:
@@ -268,6 +280,6 @@ def ladder(model: nn.Module, images: Images) -> dict[str, float]:
 
 def geometric_complexity(model: nn.Module, images: Images) -> float:
     """Mean ‖J‖_F² of the outputs over training images."""
-    x, y = images.probe(LADDER_SIZE * 8, torch.float32)
+    x, y = images.probe(PROBED, torch.float32)
     model.eval()
     return float(input_grad_sq_norm(model, x, y, of="output").detach().mean())
