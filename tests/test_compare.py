@@ -231,7 +231,8 @@ def test_divergence_and_collapse_are_results(tmp_path: Path) -> None:
         "too fast": {"optimizer": "sgd", "lr": 1e12},
         "too strong": {"penalty": "param", "weight": 1e4, "lr": 0.1},
     }
-    described = tiny(methods=methods, sweeps=[], seeds=[1])
+    tasks = [{"train_size": 100, "epochs": 10, "lr": 0.03}]
+    described = tiny(methods=methods, tasks=tasks, sweeps=[], seeds=[1], matched_compute="none")
     done = make_all(described, tmp_path / "runs")
     of = {one.planned.method: one.record for one in done}
     assert of["too fast"]["status"] == "diverged"
@@ -353,6 +354,7 @@ def test_the_grids_in_the_repository_are_whole(path: Path) -> None:
         ({"methods": {"none": {}, "a": {"like": "b"}}}, "which must be a method that is not like another"),
         ({"methods": {"none": {"wait": 1}}}, r"recipes/mnist.py has no setting wait"),
         ({"tasks": [{"train_size": 5}, {"train_size": 5, "epochs": 2}]}, "tasks must have different names"),
+        ({"tasks": [{"train_size": 5, "only": ["input"]}]}, r"only must name methods of the grid, none among them"),
         ({"settings": {"recipe": "mnist"}}, "give dataset a name, not auto"),
         ({"settings": {"recipe": "imagenet"}}, "recipe must be one of mnist, cifar"),
     ],
@@ -399,6 +401,12 @@ def test_what_is_reported_may_train_on_the_validation_images_too() -> None:
         settings = [one.run.settings for one in planned if one.stage == stage]
         assert {(one["train_size"], one["val_size"]) for one in settings} == {expected}
     assert {one.task for one in planned if one.stage != "sweep"} == {"digits, 1,400 images"}
+
+
+def test_a_task_may_compare_some_methods_only() -> None:
+    described = tiny(tasks=[{"train_size": 50}, {"train_size": 100, "only": ["none", "param"]}], sweeps=[])
+    methods = {one.method for one in described.every_run() if one.task == "digits, 100 images"}
+    assert methods == {"none", "param"}
 
 
 def test_a_run_is_known_by_what_decides_its_result() -> None:

@@ -87,7 +87,7 @@ def _compare(
     bad = sum(one.result["collapsed"] or one.record["status"] == "diverged" for one in runs)
     row = (
         method,
-        amount(runs[0]) if runs else "–",
+        amount(runs[0], next(iter(results.of(task, BASELINE)), None)) if runs else "–",
         str(len(runs)),
         _plus_minus(interval(list(accuracy.values()))),
         _plus_minus(interval(list(gaps.values()))),

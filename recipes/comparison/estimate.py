@@ -77,7 +77,7 @@ def _with_matching(grid: Grid, costs: dict[Any, float]) -> Iterable[Planned]:
     yield from grid.every_run()
     for task in grid.tasks:
         of_methods = {}
-        for method in grid.methods:
+        for method in grid.methods_of(task):
             first = next(iter(grid.reporting(task, method, grid.candidates(task, method)[0])))
             of_methods[method] = _cost(first.run, costs)
         plain = grid.candidates(task, BASELINE)[0]

@@ -100,6 +100,10 @@ class Grid:
         names = [task_name(self.settings, task) for task in self.tasks]
         if len(set(names)) < len(names):
             raise UserError(f"tasks must have different names, got {'; '.join(names)}: give each a name")
+        for task in self.tasks:
+            unknown = set(task.get("only", [BASELINE])) - set(self.methods)
+            if unknown or BASELINE not in self.methods_of(task):
+                raise UserError(f"only must name methods of the grid, {BASELINE} among them, got {task['only']}")
         for name, method in self.methods.items():
             model = method.get("like")
             if model is not None and "like" in self.methods.get(model, {"like": None}):
@@ -111,9 +115,13 @@ class Grid:
         """All runs, as if the first candidate were chosen everywhere; without those of matched compute."""
         yield from self.choosing()
         for task in self.tasks:
-            for method in self.methods:
+            for method in self.methods_of(task):
                 yield from self.reporting(task, method, self.candidates(task, method)[0])
         yield from self.sweeping()
+
+    def methods_of(self, task: Values) -> list[str]:
+        """What is compared on a task: all methods, or those that it names."""
+        return [method for method in self.methods if method in task.get("only", self.methods)]
 
     # -- first stage --------------------------------------------------------------------------------------------------
 
@@ -121,7 +129,7 @@ class Grid:
         """Every combination of the values that a task and a method list."""
         model = self.methods[method].get("like", method)
         merged = {**self.settings, **task, **self.methods[model]}
-        listed = {name: value for name, value in merged.items() if isinstance(value, list)}
+        listed = {name: value for name, value in merged.items() if isinstance(value, list) and name not in NOT_FLAGS}
         own = {name: value for name, value in self.methods[method].items() if name != "like"} if model != method else {}
         return [{**merged, **dict(zip(listed, chosen, strict=True)), **own} for chosen in product(*listed.values())]
 
@@ -132,7 +140,7 @@ class Grid:
     def choosing(self) -> Iterator[Planned]:
         """The runs of one seed by which settings are chosen; they never see the test images."""
         for task in self.tasks:
-            for method in self.methods:
+            for method in self.methods_of(task):
                 if self.is_chosen(task, method):
                     for settings in self.candidates(task, method):
                         yield _planned(settings, self.choose_seed, "choose", task_name(self.settings, task), method)
@@ -195,7 +203,7 @@ class Grid:
                     yield _planned(settings, seed, "sweep", f"sweep {number}", name, sweep.question)
 
 
-NOT_FLAGS = ("recipe", "name", "report")
+NOT_FLAGS = ("recipe", "name", "report", "only")
 
 
 def _planned(settings: Values, seed: int, stage: str, task: str, method: str, question: int = 0) -> Planned:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from comparison.grid import BASELINE, Grid, Planned
+from comparison.grid import Grid, Planned
 from comparison.runs import Record
 from gradpen.history import ALL_LAYERS, Row
 
@@ -141,11 +141,15 @@ def at_by_seed(outcomes: Sequence[Outcome], when: str, name: str, layer: str = A
     return {seed: value for seed, value in values.items() if value is not None}
 
 
-def amount(outcome: Outcome) -> str:
-    """How much of its method a run had: the settings that its method names."""
-    of_method: Mapping[str, Any] = outcome.planned.run.settings
-    said = [f"{name.replace('_', ' ')} {of_method[name]:g}" for name in AMOUNTS if of_method.get(name)]
-    return ", ".join(said) if outcome.method != BASELINE else "–"
+def amount(outcome: Outcome, baseline: Outcome | None) -> str:
+    """How much of its method a run had: what it sets otherwise than the baseline."""
+    plain = {} if baseline is None else baseline.settings
+    said = [
+        f"{name.replace('_', ' ')} {outcome.settings[name]:g}"
+        for name in AMOUNTS
+        if outcome.settings[name] and outcome.settings[name] != plain.get(name)
+    ]
+    return ", ".join(said) or "–"
 
 
 def write_csv(path: Path, outcomes: Sequence[Outcome]) -> None:

@@ -42,7 +42,7 @@ def reporting(grid: Grid, records: Records) -> list[Planned]:
     """The second stage: the chosen settings and the sweeps. A method whose every candidate failed is left out."""
     planned = []
     for task in grid.tasks:
-        for method in grid.methods:
+        for method in grid.methods_of(task):
             settings = grid.chosen(task, method, records)
             if settings is not None:
                 planned += grid.reporting(task, method, settings)
