@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import warnings
 from pathlib import Path
 from pickle import UnpicklingError
@@ -18,6 +17,7 @@ from rich.progress import track
 from torch import Tensor
 from torchvision.datasets import ImageFolder
 
+from files import written_whole
 from flags import UserError
 from images import Images, Labelled, normalised
 
@@ -93,7 +93,9 @@ def decoded(tree: Tree, root: Path, image_side: int | None) -> dict[str, Tensor]
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
     counts = [len(tree.samples[part]) for part in PARTS]
     whole = {part: rows.clone() for part, rows in zip(PARTS, pixels.split(counts), strict=True)}
-    write_whole(whole, cache)
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(cache, "wb") as file:
+        torch.save(whole, file)
     return whole
 
 
@@ -125,16 +127,3 @@ def fingerprint(tree: Tree, root: Path, image_side: int | None) -> str:
 def cache_folder() -> Path:
     """Outside the tree, which may be read-only."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gradpen"
-
-
-def write_whole(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a file that is either there as a whole or not at all, also with several processes at it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-        try:
-            torch.save(tensors, file)
-            file.close()
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise

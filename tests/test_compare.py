@@ -32,6 +32,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "recipes"))
 
 import compare  # noqa: E402
+import files  # noqa: E402
 import models  # noqa: E402
 import objectives  # noqa: E402
 from comparison import engines, estimate, grid, intervals, records, report, runs, sweep  # noqa: E402
@@ -306,6 +307,12 @@ def test_a_killed_sweep_goes_on_to_the_same_end(unbroken: tuple[Path, list[sweep
     }
 
 
+def test_what_a_killed_sweep_was_writing_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "0a1b.json.7f.part").write_text('{"status"')
+    with records.Records(tmp_path):
+        assert not list(tmp_path.glob("*.part"))
+
+
 def test_two_sweeps_do_not_share_a_folder(tmp_path: Path) -> None:
     with (
         records.Records(tmp_path),
@@ -428,9 +435,10 @@ def test_records_are_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(records.os, "replace", killed)
+    monkeypatch.setattr(files.os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         found.put(run, {"status": "finished", "result": {}})
+    assert not list(tmp_path.glob("*.part"))
     assert found.get(run) == {"status": "finished", "result": {"loss": None}}
 
 

@@ -22,7 +22,6 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "recipes"))
 
 import cifar  # noqa: E402
-import downloads  # noqa: E402
 import flags  # noqa: E402
 import folders  # noqa: E402
 import images  # noqa: E402
@@ -51,16 +50,6 @@ def tree(tmp_path: Path) -> Path:
                 pixels = np.full((4, 6, 3), 100 * number + 10 * index, np.uint8)
                 Image.fromarray(pixels).save(folder / f"{index}.png")
     return tmp_path / "photos"
-
-
-@pytest.fixture
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every server is out of reach."""
-
-    def fail(url: str, timeout: float) -> None:
-        raise OSError("Name or service not known")
-
-    monkeypatch.setattr(downloads, "urlopen", fail)
 
 
 def parse(*args: str) -> cifar.CifarSettings:

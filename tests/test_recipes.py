@@ -51,16 +51,6 @@ def run(tmp_path: Path) -> Iterator[Run]:
     torch.use_deterministic_algorithms(False)  # the trainer has set it
 
 
-@pytest.fixture
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every server is out of reach."""
-
-    def fail(url: str, timeout: float) -> None:
-        raise OSError("Name or service not known")
-
-    monkeypatch.setattr(downloads, "urlopen", fail)
-
-
 def rows(path: Path) -> list[dict[str, str]]:
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))

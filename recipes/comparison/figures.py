@@ -211,7 +211,9 @@ def _log(axes: Axes, which: str) -> None:
         axes.set(**{f"{letter}scale": "log"})
         low, high = sorted(getattr(axes, f"get_{letter}lim")())
         if high < 100 * low:
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 4 * low else tuple(n / 2 for n in range(2, 20))))
+            axis.set_major_locator(
+                LogLocator(subs=(1, 2, 5) if high > 4 * low else (1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9))
+            )
             axis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axis.set_minor_formatter(NullFormatter())
 

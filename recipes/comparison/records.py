@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from comparison.runs import Record, Run
+from files import PART, written_whole
 from flags import UserError
 
 
@@ -37,6 +36,8 @@ class Records:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise UserError(f"another sweep is writing to {self.folder}: wait for it, or give another --out") from None
+        for left_behind in self.folder.glob(f"*{PART}"):  # by a sweep that was killed while it wrote
+            left_behind.unlink()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -57,12 +58,8 @@ class Records:
     def put(self, run: Run, record: Record) -> None:
         """Write a record at once."""
         text = json.dumps(finite(record), ensure_ascii=False, allow_nan=False)
-        path = self._path(run)
-        with tempfile.NamedTemporaryFile("w", dir=self.folder, suffix=".part", delete=False, encoding="utf-8") as file:
+        with written_whole(self._path(run)) as file:
             file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(file.name, path)
 
     def _path(self, run: Run) -> Path:
         return self.folder / f"{run.key}.json"
