@@ -22,6 +22,7 @@ from comparison.estimate import estimates
 from comparison.grid import Grid, read_grid
 from comparison.records import Records
 from comparison.report import write_report
+from comparison.runs import find_data
 from comparison.sweep import run_grid
 from flags import UserError, run_recipe
 
@@ -69,6 +70,8 @@ def main(settings: CompareSettings) -> Path | None:
         if settings.dry_run:
             print(how_long(grid, records, settings.jobs))
             return None
+        if settings.ray_address is None:  # a cluster has the data where it runs
+            find_data(planned.run for planned in grid.every_run() if records.get(planned.run) is None)
         with engine(settings) as make_runs:
             done = run_grid(grid, records, make_runs)
     write_report(out, grid, done)

@@ -60,7 +60,9 @@ def cost_in_multiplications(model: nn.Module, objective: PenalizedLoss, x: Tenso
     """
     model, objective = copy.deepcopy((model, objective))
     model.train()
-    lazy = max((int(penalty.every_n_steps) for penalty in objective.penalties), default=1)
+    lazy = max(
+        (penalty.every_n_steps for penalty in objective.penalties if isinstance(penalty, GradPenalty)), default=1
+    )
     plain = PenalizedLoss(objective.criterion)
     for warm_up in (plain, objective):
         warm_up(model, x, y).loss.backward()

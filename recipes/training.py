@@ -93,7 +93,7 @@ class Classifier(LightningModule):
     def configure_optimizers(self) -> Any:
         """AdamW or SGD, with one cycle of the learning rate over the whole run or without a schedule."""
         settings = self.settings
-        common: dict[str, float] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
+        common: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
         optimizer: torch.optim.Optimizer
         if settings.optimizer == "sgd":
             optimizer = torch.optim.SGD(self.model.parameters(), momentum=settings.momentum, **common)

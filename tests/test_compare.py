@@ -526,6 +526,17 @@ def test_a_dry_run_estimates_what_is_left(
     assert "0 runs are left: 0.00 hours" in capsys.readouterr().out
 
 
+def test_data_that_is_not_there_stops_a_sweep_before_it_starts(
+    no_network: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump({**TINY, "settings": {**TINY["settings"], "dataset": "kmnist"}}))
+    with pytest.raises(UserError, match="KMNIST is not in"):
+        compare.main(compare.CompareSettings(grid=str(file), data_dir=str(tmp_path), jobs=2, out=str(tmp_path / "out")))
+    assert not written(tmp_path / "out" / "runs")
+
+
 def test_step_times_are_measured() -> None:
     run = runs.Run("mnist", {**{k: v for k, v in TINY["settings"].items() if k != "recipe"}, "train_size": 100}, True)
     times = estimate.measure(run.full_settings(), runs.load(run))

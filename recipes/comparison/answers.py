@@ -135,7 +135,7 @@ def tightness(results: Results) -> Answer:
     )
     for task in results.tasks:
         runs_of = {method: results.of(task, method) for method in results.methods(task)}
-        layers = next((runs[0].layers() for runs in runs_of.values() if runs), [])
+        layers: list[str] = next((runs[0].layers() for runs in runs_of.values() if runs), [])
         table = Table(
             (
                 "method", "start", "first epoch", "end", *(f"{layer}, start → end" for layer in layers),
@@ -218,7 +218,7 @@ def coefficients(results: Results) -> Answer:
     )
     for task in results.tasks:
         runs_of = {method: runs for method in results.methods(task) if (runs := results.of(task, method))}
-        layers = next((runs[0].layers() for runs in runs_of.values()), [])
+        layers: list[str] = next((runs[0].layers() for runs in runs_of.values()), [])
         changes = Table(("method", *layers))
         levels = Table(("method", "Σ_t c_t", "‖∇_θ f‖² / ‖∇_x f‖²"))
         for method, runs in runs_of.items():

@@ -261,7 +261,7 @@ def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[f
     return [x for x, _ in points], [y for _, y in points]
 
 
-def _series(one: Outcome, name: str, layer: str = "all") -> tuple[list[int], list[float]]:
+def _series(one: Outcome, name: str, layer: str = "all") -> tuple[list[float], list[float]]:
     """Steps and values; a log axis has no place for step 0, which stands at 1/2."""
     rows = [row for row in one.rows(layer) if row.get(name) is not None and row[name] > 0]
     return [max(row["step"], 0.5) for row in rows], [row[name] for row in rows]

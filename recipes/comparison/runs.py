@@ -10,7 +10,7 @@ import platform
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -138,7 +138,7 @@ def _train(run: Run) -> Record:
     model = mlp(settings, images.train.x[0].numel(), images.num_classes)
     objective = penalised_loss(settings)
     cost = cost_in_multiplications(model, objective, *images.train.rows(slice(settings.batch_size)))
-    ladders = {"start": ladder(model, images)} if run.reads_test else {}
+    ladders: dict[str, dict[str, float] | None] = {"start": ladder(model, images)} if run.reads_test else {}
     started = time.perf_counter()
     monitor, diverged = fit(settings, images, model, objective, watch=run.reads_test)
     seconds = time.perf_counter() - started
@@ -179,6 +179,19 @@ def load(run: Run) -> Images:
     settings = run.full_settings()
     names = ("dataset", "data_dir", "dataset_name", "image_side")
     return _load(run.recipe, tuple((name, getattr(settings, name)) for name in names if hasattr(settings, name)))
+
+
+def find_data(runs: Iterable[Run]) -> None:
+    """Load the data of some runs, once each, and forget it again.
+
+    What has to be downloaded or decoded is so before several processes want it at once.
+
+    Raises:
+        UserError: if it is not to be had.
+    """
+    for run in runs:
+        load(run)
+    _load.cache_clear()
 
 
 def fit(
