@@ -362,6 +362,10 @@ def test_the_grids_in_the_repository_are_whole(path: Path) -> None:
         ({"methods": {"none": {"wait": 1}}}, r"recipes/mnist.py has no setting wait"),
         ({"tasks": [{"train_size": 5}, {"train_size": 5, "epochs": 2}]}, "tasks must have different names"),
         ({"tasks": [{"train_size": 5, "only": ["input"]}]}, r"only must name methods of the grid, none among them"),
+        (
+            {"tasks": [{"train_size": 5, "only": ["none", "input, every 2nd step"]}]},
+            "'input, every 2nd step' is like 'input', which only must name too",
+        ),
         ({"settings": {"recipe": "mnist"}}, "give dataset a name, not auto"),
         ({"settings": {"recipe": "imagenet"}}, "recipe must be one of mnist, cifar"),
     ],

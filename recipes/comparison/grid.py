@@ -97,6 +97,10 @@ class Grid:
         if self.choose_seed in self.seeds:
             raise UserError(f"choose_seed {self.choose_seed} must not be among the seeds that are reported, got "
                             f"{list(self.seeds)}")  # fmt: skip
+        for name, method in self.methods.items():
+            model = method.get("like")
+            if model is not None and "like" in self.methods.get(model, {"like": None}):
+                raise UserError(f"method {name!r} is like {model!r}, which must be a method that is not like another")
         names = [task_name(self.settings, task) for task in self.tasks]
         if len(set(names)) < len(names):
             raise UserError(f"tasks must have different names, got {'; '.join(names)}: give each a name")
@@ -104,10 +108,9 @@ class Grid:
             unknown = set(task.get("only", [BASELINE])) - set(self.methods)
             if unknown or BASELINE not in self.methods_of(task):
                 raise UserError(f"only must name methods of the grid, {BASELINE} among them, got {task['only']}")
-        for name, method in self.methods.items():
-            model = method.get("like")
-            if model is not None and "like" in self.methods.get(model, {"like": None}):
-                raise UserError(f"method {name!r} is like {model!r}, which must be a method that is not like another")
+            for name in self.methods_of(task):
+                if self.methods[name].get("like", name) not in self.methods_of(task):
+                    raise UserError(f"method {name!r} is like {self.methods[name]['like']!r}, which only must name too")
         for planned in self.every_run():
             planned.run.full_settings()
 
@@ -184,7 +187,8 @@ class Grid:
     def factors(self, costs: Mapping[str, float]) -> dict[str, float]:
         """Method → how many times the epochs the plain baseline gets: its cost, rounded up to halves.
 
-        With "largest" every method is compared with a plain baseline that was given as much as the dearest of them.
+        A twentieth too little counts as enough. With "largest" every method is compared with a plain baseline that was given
+        as much as the dearest of them.
         """
         rounded = {name: math.ceil(2 * cost - 0.1) / 2 for name, cost in costs.items() if cost > 1.05}
         if self.matched_compute == "none" or not rounded:
