@@ -26,7 +26,7 @@ class Settings:
         method: how a penalty is computed; projection goes with --of output.
         of: what the input penalty is about: the loss, or the Jacobian of all outputs.
         over: the parameter penalty's gradients are those of single samples, of the batch, or of micro-batches (a number).
-        squared: penalise squared norms; with --squared false the norms.
+        unsquared: penalise norms, not their squares.
         every_n_steps: compute the penalties on every n-th step only, with as many times the weight.
         sam_radius: of sharpness-aware minimisation; 0 is without.
         label_smoothing: of the cross entropy that is minimised.
@@ -62,7 +62,7 @@ class Settings:
     method: Literal["exact", "projection", "finite_difference"] = "exact"
     of: Literal["loss", "output"] = "loss"
     over: int | Literal["sample", "batch"] = "sample"
-    squared: bool = True
+    unsquared: bool = False
     every_n_steps: int = 1
     sam_radius: float = 0.0
     label_smoothing: float = 0.0

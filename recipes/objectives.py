@@ -29,7 +29,7 @@ def penalised_loss(settings: Settings) -> PenalizedLoss:
 
 
 def _penalties(settings: Settings) -> list[GradPenalty]:
-    shared: dict[str, Any] = {"squared": settings.squared, "every_n_steps": settings.every_n_steps}
+    shared: dict[str, Any] = {"squared": not settings.unsquared, "every_n_steps": settings.every_n_steps}
     penalties: list[GradPenalty] = []
     weight, method = settings.weight, settings.method
     if settings.penalty in ("input", "both"):

@@ -280,3 +280,26 @@ def test_the_objective_has_the_penalties_of_the_flags() -> None:
     settings = flags.with_default_weights(parse("--penalty", "both", "--param-weight", "0.5"), mnist.DEFAULT_WEIGHTS)
     penalties = {penalty.name: penalty.weight for penalty in objectives.penalised_loss(settings).penalties}
     assert penalties == {"input": mnist.DEFAULT_WEIGHTS["both"][0], "param": 0.5}
+
+
+def test_every_variant_of_the_penalties_has_a_flag() -> None:
+    variant = ("--of", "output", "--method", "projection", "--over", "batch", "--unsquared", "--every-n-steps", "4")
+    weights = ("--penalty", "both", "--weight", "1", "--param-weight", "2", "--sam-radius", "0.05")
+    first, second, sam = objectives.penalised_loss(parse(*variant, *weights)).penalties
+    assert (first.term.of, first.term.method, first.weight, first.squared) == ("output", "projection", 1.0, False)
+    assert (second.term.over, second.term.method, second.weight) == ("batch", "exact", 2.0)
+    assert first.every_n_steps == second.every_n_steps == 4
+    assert (sam.weight, sam.term.step, sam.squared, sam.every_n_steps) == (0.05, 0.05, False, 1)  # weight = step: SAM
+
+
+def test_variants_that_do_not_go_together_are_named() -> None:
+    with pytest.raises(flags.UserError, match="--penalty param: method must be one of 'exact', 'finite_difference'"):
+        objectives.penalised_loss(parse("--penalty", "param", "--method", "projection", "--weight", "1"))
+
+
+def test_labels_are_smoothed_in_the_objective() -> None:
+    logits, y = torch.randn(6, 4), torch.randint(4, (6,))
+    objective = objectives.penalised_loss(parse("--label-smoothing", "0.2"))
+    loss = objective(torch.nn.Identity(), logits.requires_grad_(), y).data_loss
+    target = 0.8 * torch.nn.functional.one_hot(y, 4) + 0.2 / 4
+    assert torch.allclose(loss, -(target * logits.log_softmax(1)).sum(1).mean())
