@@ -14,7 +14,7 @@ SETUP := $(VENV)/.setup
 BENCH_SETUP := $(VENV)/.bench
 
 .DEFAULT_GOAL := help
-.PHONY: help setup mnist test thorough lint format docs bench bench-quick clean
+.PHONY: help setup mnist cifar compare-quick test thorough lint format docs bench bench-quick clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /:/' | awk -F: '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -24,6 +24,12 @@ setup: $(SETUP)  ## install gradpen and what it needs into .venv (about two minu
 mnist: ARGS ?= --penalty param
 mnist: $(SETUP)  ## train an MLP on MNIST under the parameter penalty; other flags in ARGS="..."
 	$(BIN)/python recipes/mnist.py $(ARGS)
+
+cifar: $(SETUP)  ## train the CIFAR recipe; its flags in ARGS="..."
+	$(BIN)/python recipes/cifar.py $(ARGS)
+
+compare-quick: $(SETUP)  ## a small comparison with every figure, on embedded images
+	$(BIN)/python recipes/compare.py --grid recipes/grids/quick.yaml --jobs 2 $(ARGS)
 
 test: lint  ## lint, types and tests, as CI does
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -19,22 +19,33 @@ class Settings:
     """Flags that every recipe has.
 
     Attributes:
+        dataset: what is trained on.
         penalty: which gradient penalties to add to the cross entropy.
         weight: of the penalty; with --penalty both, of the input penalty. Default: one that helps.
         param_weight: of the parameter penalty with --penalty both. Default: one that helps.
         method: how a penalty is computed; projection goes with --of output.
         of: what the input penalty is about: the loss, or the Jacobian of all outputs.
         over: the parameter penalty's gradients are those of single samples, of the batch, or of micro-batches (a number).
+        unsquared: penalise norms, not their squares.
+        every_n_steps: compute the penalties on every n-th step only, with as many times the weight.
+        sam_radius: of sharpness-aware minimisation; 0 is without.
+        label_smoothing: of the cross entropy that is minimised.
         hidden: widths of the hidden layers, separated by commas.
         activation: between the dense layers.
+        init: how the weights begin: as torch draws them, or by a scheme with the activation's gain and biases of 0.
         dropout: probability after every activation.
-        weight_decay: of AdamW.
+        optimizer: AdamW, or plain SGD.
+        momentum: of SGD.
+        weight_decay: of the optimizer.
+        schedule: of the learning rate: one cycle over the whole run, or none.
         epochs: passes over the training images.
-        lr: peak of the one-cycle schedule.
+        lr: learning rate; the peak of a one-cycle schedule.
         batch_size: per process.
         train_size: train on so many images, drawn by the seed. Default: all.
         val_size: hold out so many training images, to choose settings by.
         seed: of everything random.
+        checks: how often the inequality is looked at, evenly spread; the first steps get a few more.
+        probe_size: on how many training images.
         accelerator: as Lightning's Trainer takes it, like the next three.
         devices: how many, or which.
         strategy: auto, ddp, ...
@@ -44,22 +55,33 @@ class Settings:
         resume: go on from the last finished epoch that lies under --out.
     """
 
+    dataset: str = "auto"
     penalty: Literal["none", "input", "param", "both"] = "none"
     weight: float | None = None
     param_weight: float | None = None
     method: Literal["exact", "projection", "finite_difference"] = "exact"
     of: Literal["loss", "output"] = "loss"
     over: int | Literal["sample", "batch"] = "sample"
+    unsquared: bool = False
+    every_n_steps: int = 1
+    sam_radius: float = 0.0
+    label_smoothing: float = 0.0
     hidden: str = "512,512"
     activation: Literal["relu", "gelu", "silu", "softplus", "tanh"] = "relu"
+    init: Literal["default", "he", "xavier", "orthogonal"] = "default"
     dropout: float = 0.0
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    momentum: float = 0.0
     weight_decay: float = 0.0
+    schedule: Literal["one-cycle", "constant"] = "one-cycle"
     epochs: int = 20
     lr: float = 1e-3
     batch_size: int = 128
     train_size: int | None = None
     val_size: int = 0
     seed: int = 0
+    checks: int = 40
+    probe_size: int = 128
     accelerator: str = "auto"
     devices: int | str = 1
     strategy: str = "auto"
@@ -70,11 +92,14 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Refuse what would fail later with a worse message."""
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be >= 1, got {getattr(self, name)}")
-        if self.val_size < 0:
-            raise UserError(f"--val-size must be >= 0, got {self.val_size}")
+        at_least_1 = ("epochs", "batch_size", "every_n_steps", "checks", "probe_size")
+        at_least_0 = ("val_size", "dropout", "momentum", "weight_decay", "sam_radius", "label_smoothing")
+        for least, names in ((1, at_least_1), (0, at_least_0)):
+            for name in names:
+                if not getattr(self, name) >= least:  # NaN is not
+                    raise UserError(f"--{name.replace('_', '-')} must be >= {least}, got {getattr(self, name)}")
+        if self.momentum and self.optimizer != "sgd":
+            raise UserError(f"--momentum {self.momentum} is SGD's, got --optimizer {self.optimizer}")
         if self.param_weight is not None and self.penalty != "both":
             raise UserError(
                 f"--param-weight is the second weight of --penalty both, got --penalty {self.penalty}: use --weight"
@@ -92,6 +117,7 @@ class Settings:
 
 
 Some = TypeVar("Some", bound=Settings)
+Flags = TypeVar("Flags")
 
 
 def with_default_weights(settings: Some, defaults: Mapping[str, tuple[float, float | None]]) -> Some:
@@ -133,7 +159,7 @@ class DashedParser(ArgumentParser):
         return super().add_argument(*dict.fromkeys([*dashed, *names]), **options)
 
 
-def run_recipe(recipe: Callable[[Some], object], settings: type[Some]) -> None:
+def run_recipe(recipe: Callable[[Flags], object], settings: type[Flags]) -> None:
     """Run a recipe from the command line."""
     try:
         recipe(parse_flags(settings))
@@ -141,7 +167,7 @@ def run_recipe(recipe: Callable[[Some], object], settings: type[Some]) -> None:
         sys.exit(f"error: {error}")
 
 
-def parse_flags(settings: type[Some], args: Sequence[str] | None = None) -> Some:
+def parse_flags(settings: type[Flags], args: Sequence[str] | None = None) -> Flags:
     """The settings from flags, and from YAML by ``--config file.yaml``; ``--print_config`` prints such a file.
 
     Args:

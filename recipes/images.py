@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from flags import UserError
 from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, TensorDataset
+
+from flags import UserError
 
 
 class Labelled(NamedTuple):
@@ -63,6 +64,19 @@ class Images:
         order = torch.randperm(len(self.train.y), generator=torch.Generator().manual_seed(0))
         x, y = self.train.rows(order[:count])
         return Labelled(x.to(dtype), y)
+
+
+def normalised(train: Labelled, test: Labelled) -> tuple[Labelled, Labelled, Labelled]:
+    """Training, (no) validation and test images with mean 0 and variance 1 over the training pixels, channel by channel.
+
+    Args:
+        train: images (N, height, width) or (N, channels, height, width).
+        test: likewise.
+    """
+    over = (0, -2, -1) if train.x.dim() == 4 else (0, 1, 2)
+    mean, std = train.x.mean(over, keepdim=True), train.x.std(over, keepdim=True)
+    train, test = (Labelled((part.x - mean) / std, part.y) for part in (train, test))
+    return train, train.rows(slice(0)), test
 
 
 class EpochBatches(Sampler[Tensor]):

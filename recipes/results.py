@@ -75,7 +75,13 @@ def title(summary: Summary) -> str:
         "param": f"param penalty {summary['weight']:g}",
         "both": f"input penalty {summary['weight']:g}, param penalty {summary['param_weight'] or 0:g}",
     }
-    return f"{summary['dataset_name']}: {weights[summary['penalty']]}, seed {summary['seed']}"
+    baselines = [
+        f"{name.replace('_', ' ')} {summary[name]:g}"
+        for name in ("sam_radius", "weight_decay", "dropout", "label_smoothing")
+        if summary[name]
+    ]
+    trained_with = ", ".join([weights[summary["penalty"]], *baselines])
+    return f"{summary['dataset_name']}: {trained_with}, seed {summary['seed']}"
 
 
 def table(summary: Summary, out: Path) -> str:

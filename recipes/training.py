@@ -6,65 +6,37 @@ import csv
 import shutil
 import signal
 import warnings
-from collections import OrderedDict
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.util import find_spec
-from itertools import pairwise
 from math import ceil
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from flags import Settings
-from images import ImageBatches, Images
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, Timer, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
-from results import Summary, bound_summary, penalty_cost, table, write_results
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from gradpen import InputGradPenalty, ParamGradPenalty, PenalizedLoss
+from flags import Settings
+from gradpen import PenalizedLoss
 from gradpen.callbacks import InequalityMonitor
-from gradpen.penalties import GradPenalty
+from gradpen.penalties import PenalizedOutput
+from images import ImageBatches, Images
+from models import mlp
+from objectives import penalised_loss
+from results import Summary, bound_summary, penalty_cost, table, write_results
 
-ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "softplus": nn.Softplus, "tanh": nn.Tanh}
-CHECKS = 40  # of the inequality during a run, evenly spread,
-EARLY_CHECKS = (1, 3, 10, 30, 100)  # and some more, as the bound moves most in the first steps
-PROBE_SIZE = 128
+EARLY_CHECKS = (1, 3, 10, 30, 100)  # steps, as the bound moves most in the first ones
 HARMLESS = (  # warnings
     ".*does not have many workers",  # slicing a tensor needs none
     "Checkpoint directory .* exists",
     ".*LeafSpec.* is deprecated",
 )
 WRITTEN = ("summary.json", "metrics.csv", "bound.csv", "bound.png", "hparams.yaml", "last.ckpt", "tensorboard")
-
-
-def mlp(settings: Settings, num_features: int, num_classes: int) -> nn.Sequential:
-    """Dense layers dense1, dense2, … with activations (and dropout) between them."""
-    layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
-    widths = [num_features, *settings.widths()]
-    for index, (fan_in, fan_out) in enumerate(pairwise(widths), start=1):
-        layers[f"dense{index}"] = nn.Linear(fan_in, fan_out)
-        layers[f"activation{index}"] = ACTIVATIONS[settings.activation]()
-        if settings.dropout:
-            layers[f"dropout{index}"] = nn.Dropout(settings.dropout)
-    layers[f"dense{len(widths)}"] = nn.Linear(widths[-1], num_classes)
-    return nn.Sequential(layers)
-
-
-def penalised_loss(settings: Settings) -> PenalizedLoss:
-    """Cross entropy with the penalties that the settings name."""
-    penalties: list[GradPenalty] = []
-    param_weight = settings.weight
-    if settings.penalty in ("input", "both"):
-        penalties.append(InputGradPenalty(settings.weight or 0.0, of=settings.of, method=settings.method))
-        param_weight = settings.param_weight
-    if settings.penalty in ("param", "both"):
-        penalties.append(ParamGradPenalty(param_weight or 0.0, over=settings.over, method=settings.method))
-    return PenalizedLoss(F.cross_entropy, *penalties)
 
 
 class Classifier(LightningModule):
@@ -74,18 +46,18 @@ class Classifier(LightningModule):
         model: maps x to logits.
         objective: called once a step, gives the data loss, the penalties and the logits of one forward pass.
         num_classes: of the logits.
-        lr: peak of the one-cycle schedule.
-        weight_decay: of AdamW.
+        settings: choose the optimizer and its schedule.
+        logs: log every step.
     """
 
     def __init__(
-        self, model: nn.Module, objective: PenalizedLoss, num_classes: int, lr: float, weight_decay: float
+        self, model: nn.Module, objective: PenalizedLoss, num_classes: int, settings: Settings, *, logs: bool = True
     ) -> None:
         super().__init__()
         self.model = model
         self.objective = objective
-        self.lr = lr
-        self.weight_decay = weight_decay
+        self.settings = settings
+        self.logs = logs
         parts = ("train", "val", "test", "train_final")  # the last: all training images, after training
         self.accuracy = nn.ModuleDict(
             {f"on_{part}": MulticlassAccuracy(num_classes, average="micro") for part in parts}
@@ -99,10 +71,14 @@ class Classifier(LightningModule):
         """One forward pass for the data loss and all penalties."""
         x, y = batch
         out = self.objective(self.model, x, y)
+        if self.logs:
+            self._log_step(out, y)
+        return out.loss
+
+    def _log_step(self, out: PenalizedOutput, y: Tensor) -> None:
         self.log_dict({f"penalty/{name}": value.detach() for name, value in out.penalties.items()})
         self.log("data_loss", out.data_loss.detach(), prog_bar=True)
         self._log_accuracy("train", out.output.detach(), y)
-        return out.loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Accuracy on the images that choose weights."""
@@ -115,16 +91,36 @@ class Classifier(LightningModule):
         self._log_accuracy(("test", "train_final")[dataloader_idx], self(x), y)
 
     def configure_optimizers(self) -> Any:
-        """AdamW with one cycle of the learning rate over the whole run."""
-        optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+        """AdamW or SGD, with one cycle of the learning rate over the whole run or without a schedule."""
+        settings = self.settings
+        common: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
+        optimizer: torch.optim.Optimizer
+        if settings.optimizer == "sgd":
+            optimizer = torch.optim.SGD(self.model.parameters(), momentum=settings.momentum, **common)
+        else:
+            optimizer = torch.optim.AdamW(self.model.parameters(), **common)
+        if settings.schedule == "constant":
+            return optimizer
         steps = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=self.lr, total_steps=steps)
+        cycle_momentum = settings.optimizer == "adamw" or settings.momentum > 0
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, max_lr=settings.lr, total_steps=steps, cycle_momentum=cycle_momentum
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _log_accuracy(self, part: str, logits: Tensor, y: Tensor) -> None:
         metric = cast("MulticlassAccuracy", self.accuracy[f"on_{part}"])
         metric.update(logits, y)
         self.log(f"accuracy/{part}", metric, on_step=False, on_epoch=True, prog_bar=True, add_dataloader_idx=False)
+
+
+def run(settings: Settings, images: Images) -> Summary:
+    """One run on whole images: split them, build the network, train it; returns what summary.json holds."""
+    settings = replace(settings, dataset=images.key)
+    images = images.split(settings.train_size, settings.val_size, settings.seed)
+    seed_everything(settings.seed, verbose=False)
+    model = mlp(settings, num_features=images.train.x[0].numel(), num_classes=images.num_classes)
+    return train(settings, images, model, penalised_loss(settings))
 
 
 def train(settings: Settings, images: Images, model: nn.Module, objective: PenalizedLoss) -> Summary:
@@ -150,7 +146,7 @@ def train(settings: Settings, images: Images, model: nn.Module, objective: Penal
         f"{images.name}: {len(images.train.y):,} training, {len(images.val.y):,} validation, "
         f"{len(images.test.y):,} test images; results go to {out}"
     )
-    classifier = Classifier(model, objective, images.num_classes, settings.lr, settings.weight_decay)
+    classifier = Classifier(model, objective, images.num_classes, settings)
     batches = ImageBatches(images, settings.batch_size, settings.seed)
     with warnings.catch_warnings():
         for harmless in HARMLESS:
@@ -187,9 +183,9 @@ def _monitor(settings: Settings, images: Images) -> InequalityMonitor:
     """Watches the inequality on a few training images, always the same ones."""
     double = settings.precision.startswith("64")
     return InequalityMonitor(
-        every_n_steps=max(10, settings.epochs * _steps_per_epoch(settings, images) // CHECKS),
+        every_n_steps=max(10, settings.epochs * _steps_per_epoch(settings, images) // settings.checks),
         at=EARLY_CHECKS,
-        probe=images.probe(PROBE_SIZE, torch.float64 if double else torch.float32),
+        probe=images.probe(settings.probe_size, torch.float64 if double else torch.float32),
         model="model",
         criterion=F.cross_entropy,
     )

@@ -24,10 +24,11 @@ for needed in ("jsonargparse", "matplotlib", "sklearn", "tensorboard", "torchvis
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "recipes"))
 
+import downloads  # noqa: E402
 import flags  # noqa: E402
 import images  # noqa: E402
 import mnist  # noqa: E402
-import training  # noqa: E402
+import objectives  # noqa: E402
 
 SMALL = ("--dataset", "digits", "--hidden", "32,16", "--epochs", "2", "--accelerator", "cpu")
 FILES = ("summary.json", "metrics.csv", "bound.csv", "bound.png", "hparams.yaml", "last.ckpt")
@@ -48,16 +49,6 @@ def run(tmp_path: Path) -> Iterator[Run]:
 
     yield run_recipe
     torch.use_deterministic_algorithms(False)  # the trainer has set it
-
-
-@pytest.fixture
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every server is out of reach."""
-
-    def fail(url: str, timeout: float) -> None:
-        raise OSError("Name or service not known")
-
-    monkeypatch.setattr(mnist, "urlopen", fail)
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -222,13 +213,13 @@ def test_mistakes_are_named(args: tuple[str, ...], message: str) -> None:
 
 def test_mnist_without_files_and_network_is_an_error(no_network: None, tmp_path: Path) -> None:
     with pytest.raises(flags.UserError, match=r"MNIST is not in .* downloading it failed .*Name or service not known"):
-        mnist.load("mnist", tmp_path)
+        mnist.load(parse("--dataset", "mnist", "--data-dir", str(tmp_path)))
     assert not list(tmp_path.iterdir())
 
 
 def test_auto_without_files_and_network_is_the_digits(no_network: None, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"Using scikit-learn digits \(8×8, 1,797 images\) instead"):
-        found = mnist.load("auto", tmp_path)
+        found = mnist.load(parse("--data-dir", str(tmp_path)))
     assert found.key == "digits"
     assert len(found.train.y) + len(found.test.y) == 1797
 
@@ -240,9 +231,9 @@ def test_a_network_that_hangs_is_given_up_on(monkeypatch: pytest.MonkeyPatch) ->
         end_of_test.wait()
         return nullcontext()
 
-    monkeypatch.setattr(mnist, "urlopen", hang)
+    monkeypatch.setattr(downloads, "urlopen", hang)
     with pytest.raises(OSError, match="no server answered within"):
-        mnist.check_any_answers(["a", "b"], seconds=0.05)
+        downloads.check_any_answers(["a", "b"], seconds=0.05)
     end_of_test.set()
 
 
@@ -252,8 +243,8 @@ def test_one_server_that_answers_is_enough(monkeypatch: pytest.MonkeyPatch) -> N
             raise OSError("down")
         return nullcontext()
 
-    monkeypatch.setattr(mnist, "urlopen", answer)
-    mnist.check_any_answers(["down", "up"], seconds=60)
+    monkeypatch.setattr(downloads, "urlopen", answer)
+    downloads.check_any_answers(["down", "up"], seconds=60)
 
 
 def test_splits_do_not_overlap() -> None:
@@ -287,5 +278,28 @@ def test_batches_cover_the_data_whatever_the_number_of_processes(world_size: int
 
 def test_the_objective_has_the_penalties_of_the_flags() -> None:
     settings = flags.with_default_weights(parse("--penalty", "both", "--param-weight", "0.5"), mnist.DEFAULT_WEIGHTS)
-    penalties = {penalty.name: penalty.weight for penalty in training.penalised_loss(settings).penalties}
+    penalties = {penalty.name: penalty.weight for penalty in objectives.penalised_loss(settings).penalties}
     assert penalties == {"input": mnist.DEFAULT_WEIGHTS["both"][0], "param": 0.5}
+
+
+def test_every_variant_of_the_penalties_has_a_flag() -> None:
+    variant = ("--of", "output", "--method", "projection", "--over", "batch", "--unsquared", "--every-n-steps", "4")
+    weights = ("--penalty", "both", "--weight", "1", "--param-weight", "2", "--sam-radius", "0.05")
+    first, second, sam = objectives.penalised_loss(parse(*variant, *weights)).penalties
+    assert (first.term.of, first.term.method, first.weight, first.squared) == ("output", "projection", 1.0, False)
+    assert (second.term.over, second.term.method, second.weight) == ("batch", "exact", 2.0)
+    assert first.every_n_steps == second.every_n_steps == 4
+    assert (sam.weight, sam.term.step, sam.squared, sam.every_n_steps) == (0.05, 0.05, False, 1)  # weight = step: SAM
+
+
+def test_variants_that_do_not_go_together_are_named() -> None:
+    with pytest.raises(flags.UserError, match="--penalty param: method must be one of 'exact', 'finite_difference'"):
+        objectives.penalised_loss(parse("--penalty", "param", "--method", "projection", "--weight", "1"))
+
+
+def test_labels_are_smoothed_in_the_objective() -> None:
+    logits, y = torch.randn(6, 4), torch.randint(4, (6,))
+    objective = objectives.penalised_loss(parse("--label-smoothing", "0.2"))
+    loss = objective(torch.nn.Identity(), logits.requires_grad_(), y).data_loss
+    target = 0.8 * torch.nn.functional.one_hot(y, 4) + 0.2 / 4
+    assert torch.allclose(loss, -(target * logits.log_softmax(1)).sum(1).mean())

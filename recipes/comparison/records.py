@@ -1,0 +1,76 @@
+"""What has been run: one file for each run, there as a whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from comparison.runs import Record, Run
+from files import PART, written_whole
+from flags import UserError
+
+
+class Records:
+    """The records under one folder. A run is known by the hash of its settings, so none is made twice.
+
+    Args:
+        folder: is made if it is not there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(folder / ".lock")
+
+    def __enter__(self) -> Records:
+        """Keep other sweeps out of the folder: two at once would make the same runs.
+
+        Raises:
+            UserError: if one is at it.
+        """
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"another sweep is writing to {self.folder}: wait for it, or give another --out") from None
+        for left_behind in self.folder.glob(f"*{PART}"):  # by a sweep that was killed while it wrote
+            left_behind.unlink()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def get(self, run: Run) -> Record | None:
+        """The record of a run that has come to an end, also to a bad one; None if it has not, or failed."""
+        record = self.read(run)
+        return None if record is None or record["status"] == "failed" else record
+
+    def read(self, run: Run) -> Record | None:
+        """The record, of a failure too."""
+        try:
+            return json.loads(self._path(run).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+
+    def put(self, run: Run, record: Record) -> None:
+        """Write a record at once."""
+        text = json.dumps(finite(record), ensure_ascii=False, allow_nan=False)
+        with written_whole(self._path(run)) as file:
+            file.write(text)
+
+    def _path(self, run: Run) -> Path:
+        return self.folder / f"{run.key}.json"
+
+
+def finite(value: Any) -> Any:
+    """The same with None for numbers that JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(name): finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return value

@@ -1,0 +1,298 @@
+"""One run of a comparison: its settings, what identifies it, and how it is made in a process that makes many."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import time
+import traceback
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from torch import nn
+from torchmetrics.functional.classification import multiclass_accuracy
+
+import cifar
+import mnist
+from flags import Settings, UserError, with_default_weights
+from gradpen import PenalizedLoss, evaluate_inequality
+from gradpen.callbacks import InequalityMonitor
+from gradpen.functional import input_grad_sq_norm
+from images import Images, Labelled
+from models import mlp
+from objectives import cost_in_multiplications, penalised_loss
+from training import HARMLESS, Classifier, ImageBatches
+
+RECIPES = {"mnist": (mnist.MnistSettings, mnist), "cifar": (cifar.CifarSettings, cifar)}
+PLACES = ("data_dir", "out", "resume", "accelerator", "devices", "strategy")  # where it runs is not what is run
+RECORD_VERSION = 1
+NORMS = ("frobenius", "spectral", "joint")  # from the loosest to the tightest
+LADDER_SIZE = 16  # samples on which all three are compared: the first needs whole Jacobians
+PROBED = 128  # samples for what costs little
+COLLAPSED = 1.2  # times the share of the most frequent class
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is trained, and whether its test images may be looked at.
+
+    Attributes:
+        recipe: whose settings and data these are.
+        settings: flags of that recipe; those that are not given have its defaults.
+        reads_test: runs that choose settings do not.
+    """
+
+    recipe: str
+    settings: Mapping[str, Any]
+    reads_test: bool
+
+    def full_settings(self) -> Settings:
+        """All flags.
+
+        Raises:
+            UserError: on a setting that the recipe does not have, or a value that it refuses.
+        """
+        if self.recipe not in RECIPES:
+            raise UserError(f"recipe must be one of {', '.join(RECIPES)}, got {self.recipe!r}")
+        kind, module = RECIPES[self.recipe]
+        unknown = set(self.settings) - {field.name for field in fields(kind)}
+        if unknown:
+            raise UserError(f"recipes/{self.recipe}.py has no setting {', '.join(sorted(unknown))}")
+        settings = kind(**self.settings)
+        if settings.dataset == "auto":
+            raise UserError("a comparison must know its data: give dataset a name, not auto")
+        return with_default_weights(settings, module.DEFAULT_WEIGHTS)
+
+    @property
+    def key(self) -> str:
+        """A hash of everything that decides the result."""
+        settings = {
+            name: value
+            for name, value in vars(self.full_settings()).items()
+            if name not in PLACES and value is not None
+        }
+        described = json.dumps([RECORD_VERSION, self.recipe, settings, self.reads_test], sort_keys=True)
+        return hashlib.sha256(described.encode()).hexdigest()[:20]
+
+
+def data_name(settings: Mapping[str, Any]) -> str:
+    """What the data of some settings is called, without loading it."""
+    _, module = RECIPES.get(settings.get("recipe", ""), (None, None))
+    dataset = settings.get("dataset", "")
+    known = getattr(module, "TORCHVISION", {}).get(dataset)
+    return known[0] if known else settings.get("dataset_name") or dataset
+
+
+class DivergedError(Exception):
+    """The loss is no number any more."""
+
+
+class StopAtDivergence(Callback):
+    """Ends a run at the first step whose loss is not finite: nothing after it means anything."""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Look at the loss of this step."""
+        loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
+        if not bool(loss.isfinite()):
+            raise DivergedError
+
+
+def make(run: Run) -> Record:
+    """Train and measure; a failure is recorded with its traceback, and does not stop the others."""
+    record: Record = {
+        "key": run.key,
+        "recipe": run.recipe,
+        "settings": dict(run.settings),
+        "reads_test": run.reads_test,
+    }
+    try:
+        return record | _train(run)
+    except Exception:  # whatever went wrong in this run is its result
+        return record | failure(traceback.format_exc())
+
+
+def failure(reason: str) -> Record:
+    """What a record says of a run that did not come to an end."""
+    return {"status": "failed", "traceback": reason, "result": {}, "history": []}
+
+
+def _train(run: Run) -> Record:
+    settings = run.full_settings()
+    images = load(run).split(settings.train_size, settings.val_size, settings.seed)
+    seed_everything(settings.seed, verbose=False)
+    model = mlp(settings, images.train.x[0].numel(), images.num_classes)
+    objective = penalised_loss(settings)
+    cost = cost_in_multiplications(model, objective, *images.train.rows(slice(settings.batch_size)))
+    ladders: dict[str, dict[str, float] | None] = {"start": ladder(model, images)} if run.reads_test else {}
+    started = time.perf_counter()
+    monitor, diverged = fit(settings, images, model, objective, watch=run.reads_test)
+    seconds = time.perf_counter() - started
+    accuracy = {"val": accuracy_of(model, images.val), "train": accuracy_of(model, images.train)}
+    if run.reads_test:
+        accuracy["test"] = accuracy_of(model, images.test)
+        ladders["end"] = None if diverged else ladder(model, images)
+    shares = images.train.y.bincount() / len(images.train.y)
+    return {
+        "status": "diverged" if diverged else "finished",
+        "traceback": None,
+        "result": {
+            "dataset_name": images.name,
+            **{f"{part}_accuracy": value for part, value in accuracy.items() if value is not None},
+            "collapsed": accuracy["train"] is not None and accuracy["train"] <= COLLAPSED * float(shares.max()),
+            "train_images": len(images.train.y),
+            "steps": settings.epochs * steps_per_epoch(settings, images),
+            "cost": cost,
+            "ladder": ladders,
+            "geometric_complexity": None if diverged or not run.reads_test else geometric_complexity(model, images),
+            "seconds": seconds,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        },
+        "history": [] if monitor is None else monitor.history,
+    }
+
+
+@lru_cache(maxsize=2)
+def _load(recipe: str, data: tuple[tuple[str, Any], ...]) -> Images:
+    kind, module = RECIPES[recipe]
+    return module.load(kind(**dict(data)))
+
+
+def load(run: Run) -> Images:
+    """The run's data, kept for the next runs of this process."""
+    settings = run.full_settings()
+    names = ("dataset", "data_dir", "dataset_name", "image_side")
+    return _load(run.recipe, tuple((name, getattr(settings, name)) for name in names if hasattr(settings, name)))
+
+
+def find_data(runs: Iterable[Run]) -> None:
+    """Load the data of some runs, once each, and forget it again.
+
+    What has to be downloaded or decoded is so before several processes want it at once.
+
+    Raises:
+        UserError: if it is not to be had.
+    """
+    for run in runs:
+        load(run)
+    _load.cache_clear()
+
+
+def fit(
+    settings: Settings, images: Images, model: nn.Module, objective: PenalizedLoss, *, watch: bool
+) -> tuple[InequalityMonitor | None, bool]:
+    """Train without files, bars and logs.
+
+    Returns:
+        The monitor, if the run is watched; and whether training diverged.
+    """
+    monitor = check_schedule(settings, images) if watch else None
+    model.train()  # Lightning leaves a model as it finds it
+    with quiet():
+        trainer = Trainer(
+            accelerator="cpu",
+            max_epochs=settings.epochs,
+            callbacks=[StopAtDivergence(), *([monitor] if monitor else [])],
+            precision=settings.precision,  # type: ignore[arg-type]  # Lightning checks it
+            deterministic="warn",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            num_sanity_val_steps=0,
+            limit_val_batches=0,
+        )
+        classifier = Classifier(model, objective, images.num_classes, settings, logs=False)
+        try:
+            trainer.fit(classifier, datamodule=ImageBatches(images, settings.batch_size, settings.seed))
+        except DivergedError:
+            return monitor, True
+        except RuntimeError:  # what the monitor, or torch, says of logits that are no numbers
+            if logits_are_finite(model, images):
+                raise
+            return monitor, True
+    return monitor, not logits_are_finite(model, images)
+
+
+def logits_are_finite(model: nn.Module, images: Images) -> bool:
+    """Whether the network still maps training images to numbers."""
+    with torch.no_grad():
+        return bool(model(images.probe(PROBED, torch.float32).x).isfinite().all())
+
+
+def check_schedule(settings: Settings, images: Images) -> InequalityMonitor:
+    """Looks at the inequality at `checks` steps, spread evenly on a log axis, and after the first epoch."""
+    per_epoch = steps_per_epoch(settings, images)
+    steps = np.geomspace(1, settings.epochs * per_epoch, settings.checks).round().astype(int).tolist()
+    return InequalityMonitor(
+        at={*steps, per_epoch},
+        probe=images.probe(settings.probe_size, torch.float32),
+        model="model",
+        criterion=F.cross_entropy,
+        slack=False,
+    )
+
+
+def steps_per_epoch(settings: Settings, images: Images) -> int:
+    """The last batch of an epoch may be smaller."""
+    return -(-len(images.train.y) // settings.batch_size)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Lightning's notices are about one run; here there are many."""
+    names = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric")
+    loggers = [logging.getLogger(name) for name in names]
+    before = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        for harmless in (*HARMLESS, ".*GPU available but not used.*"):
+            warnings.filterwarnings("ignore", message=harmless)
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            yield
+        finally:
+            for logger, level in zip(loggers, before, strict=True):
+                logger.setLevel(level)
+
+
+def accuracy_of(model: nn.Module, part: Labelled) -> float | None:
+    """Share of images that are classified rightly; None if there are none."""
+    if not len(part.y):
+        return None
+    model.eval()
+    with torch.inference_mode():
+        logits = torch.cat([model(x) for x in part.x.split(1000)])
+    return float(multiclass_accuracy(logits, part.y, logits.shape[1], average="micro"))
+
+
+def ladder(model: nn.Module, images: Images) -> dict[str, float]:
+    """Mean tightness by norm, on a few samples of the probe."""
+    x, y = images.probe(LADDER_SIZE, torch.float32)
+    model.eval()
+    reports = {norm: evaluate_inequality(model, x, y, norm=norm, slack=False) for norm in NORMS}
+    return {norm: float(report.tightness.nanmean()) for norm, report in reports.items()}
+
+
+def geometric_complexity(model: nn.Module, images: Images) -> float:
+    """Mean ‖J‖_F² of the outputs over training images."""
+    x, y = images.probe(PROBED, torch.float32)
+    model.eval()
+    return float(input_grad_sq_norm(model, x, y, of="output").detach().mean())

@@ -1,0 +1,556 @@
+"""Grids, records, engines and reports; sweeps of tiny networks on scikit-learn's digits."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+for needed in ("jsonargparse", "markdown", "matplotlib", "rich", "scipy", "sklearn", "torchvision"):
+    pytest.importorskip(needed, reason='the recipes need pip install "gradpen[recipes]"')
+
+from scipy import stats  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "recipes"))
+
+import compare  # noqa: E402
+import files  # noqa: E402
+import models  # noqa: E402
+import objectives  # noqa: E402
+from comparison import engines, estimate, grid, intervals, records, report, runs, sweep  # noqa: E402
+from flags import UserError  # noqa: E402
+
+TINY = {
+    "name": "Tiny",
+    "settings": {
+        "recipe": "mnist", "dataset": "digits", "hidden": "8", "val_size": 200, "batch_size": 50,
+        "checks": 2, "probe_size": 8,
+    },
+    "tasks": [{"name": "digits, 100", "train_size": 100, "epochs": 2}],
+    "methods": {
+        "none": {},
+        "input": {"penalty": "input", "weight": [0.01, 0.1]},
+        "input, every 2nd step": {"like": "input", "every_n_steps": 2},
+        "param": {"penalty": "param", "weight": 0.001},
+        "dropout": {"dropout": 0.1},
+    },
+    "seeds": [1, 2],
+    "sweeps": [
+        {"question": 5, "settings": {"epochs": 1}, "vary": {"init": ["default", "orthogonal"]}, "seeds": [1]},
+        {
+            "question": 6,
+            "settings": {"optimizer": "sgd", "schedule": "constant"},
+            "cases": [{"lr": 0.01, "epochs": 2}, {"lr": 0.02, "epochs": 1}],
+            "seeds": [1],
+        },
+    ],
+}  # fmt: skip
+CLOCK = ("seconds", "threads")  # what another machine, or process, has otherwise
+
+
+def tiny(**changes: Any) -> grid.Grid:
+    described = {**TINY, **changes}
+    return grid.Grid(**{**described, "sweeps": [grid.Sweep(**one) for one in described["sweeps"]]})
+
+
+def without_clock(record: dict[str, Any]) -> dict[str, Any]:
+    return {**record, "result": {name: value for name, value in record["result"].items() if name not in CLOCK}}
+
+
+def written(folder: Path) -> dict[str, dict[str, Any]]:
+    """Key → record, of the finished files alone."""
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")}
+
+
+def make_all(described: grid.Grid, folder: Path, engine: engines.Engine = engines.in_this_process) -> list[sweep.Done]:
+    with records.Records(folder) as found:
+        return sweep.run_grid(described, found, engine)
+
+
+@pytest.fixture(autouse=True)
+def nondeterminism_allowed() -> Iterator[None]:
+    yield
+    torch.use_deterministic_algorithms(False)  # the trainer has set it
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[sweep.Done]]:
+    """One whole sweep, which many tests read."""
+    out = tmp_path_factory.mktemp("unbroken")
+    torch.set_num_threads(1)
+    done = make_all(tiny(), out / "runs")
+    report.write_report(out, tiny(), done)
+    return out, done
+
+
+# ---- a whole sweep --------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_has_both_stages_and_matched_compute(unbroken: tuple[Path, list[sweep.Done]]) -> None:
+    _, done = unbroken
+    stages = [one.planned.stage for one in done]
+    assert {stage: stages.count(stage) for stage in stages} == {"choose": 2, "report": 5 * 2 + 2, "sweep": 4}
+    assert all(one.record["status"] == "finished" for one in done)
+    for one in done:
+        assert ("test_accuracy" in one.record["result"]) == (one.planned.stage != "choose")
+    longer = [one for one in done if one.planned.method.endswith("× epochs")]
+    F, F1 = 64 * 8 + 8 * 10, 64 * 8
+    factor = math.ceil(2 * (6 * F - F1) / (3 * F - F1)) / 2  # of the input penalty, which costs most
+    assert {one.planned.run.settings["epochs"] for one in longer} == {math.ceil(2 * factor)}
+    assert {one.planned.method for one in longer} == {f"none, {factor:g} × epochs"}
+
+
+def test_the_better_candidate_on_the_validation_images_is_chosen(unbroken: tuple[Path, list[sweep.Done]]) -> None:
+    out, done = unbroken
+    choosing = {
+        one.planned.run.settings["weight"]: one.record["result"]["val_accuracy"]
+        for one in done
+        if one.planned.stage == "choose"
+    }
+    best = max(choosing, key=choosing.__getitem__)
+    for method in ("input", "input, every 2nd step"):
+        chosen = tiny().chosen(TINY["tasks"][0], method, records.Records(out / "runs"))
+        assert chosen is not None
+        assert chosen["weight"] == best
+    reported = [one for one in done if one.planned.method.startswith("input") and one.planned.stage == "report"]
+    assert {one.planned.run.settings["weight"] for one in reported} == {best}
+    assert {one.planned.run.settings.get("every_n_steps", 1) for one in reported} == {1, 2}
+
+
+def test_nothing_is_run_twice(unbroken: tuple[Path, list[sweep.Done]]) -> None:
+    def refuse(missing: Iterable[runs.Run], started: engines.Started) -> Iterator[tuple[runs.Run, runs.Record]]:
+        assert not list(missing)
+        return iter(())
+
+    out, done = unbroken
+    again = make_all(tiny(), out / "runs", refuse)
+    assert [without_clock(one.record) for one in again] == [without_clock(one.record) for one in done]
+
+
+def test_records_hold_the_bound_over_training(unbroken: tuple[Path, list[sweep.Done]]) -> None:
+    _, done = unbroken
+    record = next(one.record for one in done if one.planned.stage == "report")
+    whole = [row for row in record["history"] if row["layer"] == "all"]
+    assert [row["step"] for row in whole] == [
+        0,
+        1,
+        2,
+        4,
+    ]  # before training, the log schedule with the first epoch, the end
+    assert all(0 < row["lhs"] <= row["rhs"] for row in whole)
+    for rungs in record["result"]["ladder"].values():
+        assert 0 < rungs["frobenius"] < rungs["spectral"] <= rungs["joint"] * 1.001 <= 1.01
+
+
+def test_the_report_has_everything(unbroken: tuple[Path, list[sweep.Done]]) -> None:
+    out, done = unbroken
+    with (out / "results.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(done)
+    assert all(
+        float(row["gap"]) == float(row["train_accuracy"]) - float(row["test_accuracy"]) for row in rows if row["gap"]
+    )
+    text = (out / "report.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## (\d)\. ", text, re.M) == list("1234567")
+    assert "not measured" not in text.lower()
+    assert "nan" not in text.replace("no penalty", "")
+    assert "scikit-learn digits (8×8, 1,797 images)" in text
+    for name in report.FIGURES:
+        assert (out / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert f"](figures/{name}.png)" in text
+    page = (out / "report.html").read_text(encoding="utf-8")
+    sources = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert len(sources) == len(report.FIGURES)
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+
+
+def test_the_report_pairs_by_seed(unbroken: tuple[Path, list[sweep.Done]]) -> None:
+    out, done = unbroken
+    accuracy = {
+        (one.planned.method, one.planned.seed): 100 * one.record["result"]["test_accuracy"]
+        for one in done
+        if one.planned.stage == "report"
+    }
+    differences = [accuracy["dropout", seed] - accuracy["none", seed] for seed in (1, 2)]
+    text = (out / "report.md").read_text(encoding="utf-8")
+    row = next(line for line in text.splitlines() if line.startswith("| dropout | dropout 0.1"))
+    cell = row.split(" | ")[5]
+    assert float(cell.split(" ± ")[0]) == pytest.approx(sum(differences) / 2, abs=0.006)
+
+
+def test_what_a_grid_lacks_is_not_measured(tmp_path: Path) -> None:
+    done = make_all(tiny(methods={"none": {}}, sweeps=[], seeds=[1]), tmp_path / "runs")
+    report.write_report(tmp_path, tiny(methods={"none": {}}, sweeps=[], seeds=[1]), done)
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert text.count("Not measured: this grid has no runs for it.") == 4  # questions 3, 5, 6 and 7
+    assert "(one seed)" in text
+
+
+# ---- bad ends -------------------------------------------------------------------------------------------------------
+
+
+def test_a_failing_run_is_recorded_and_does_not_stop_the_others(tmp_path: Path) -> None:
+    refused = {"penalty": "input", "of": "output", "method": "finite_difference", "weight": 1.0}
+    described = tiny(methods={"none": {}, "refused": refused}, sweeps=[], seeds=[1])
+    done = make_all(described, tmp_path / "runs")
+    assert {one.planned.method: one.record["status"] for one in done} == {"none": "finished", "refused": "failed"}
+    failed = next(one.record for one in done if one.record["status"] == "failed")
+    assert "finite_difference" in failed["traceback"]
+    report.write_report(tmp_path, described, done)
+    assert failed["traceback"].strip().splitlines()[-1] in (tmp_path / "report.md").read_text(encoding="utf-8")
+    tried: list[runs.Run] = []
+
+    def note(missing: Iterable[runs.Run], started: engines.Started) -> Iterator[tuple[runs.Run, runs.Record]]:
+        tried.extend(missing)
+        return iter(())
+
+    make_all(described, tmp_path / "runs", note)
+    assert [run.settings["penalty"] for run in tried] == ["input"]  # once more, in case the cause is gone
+
+
+def test_divergence_and_collapse_are_results(tmp_path: Path) -> None:
+    methods = {
+        "none": {},
+        "too fast": {"optimizer": "sgd", "lr": 1e12},
+        "too strong": {"penalty": "param", "weight": 1e4, "lr": 0.1},
+    }
+    tasks = [{"train_size": 100, "epochs": 10, "lr": 0.03}]
+    described = tiny(methods=methods, tasks=tasks, sweeps=[], seeds=[1], matched_compute="none")
+    done = make_all(described, tmp_path / "runs")
+    of = {one.planned.method: one.record for one in done}
+    assert of["too fast"]["status"] == "diverged"
+    assert of["too fast"]["result"]["geometric_complexity"] is None
+    assert of["too strong"]["status"] == "finished"
+    assert of["too strong"]["result"]["collapsed"]
+    assert not of["none"]["result"]["collapsed"]
+    report.write_report(tmp_path, described, done)
+    assert "1 diverged" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def test_a_worker_that_dies_is_a_failed_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Pool:
+        """Loses the first run, and with it the one beside it."""
+
+        broken = 2
+
+        def submit(self, function: Callable[..., Any], run: runs.Run) -> Future[runs.Record]:
+            future: Future[runs.Record] = Future()
+            if Pool.broken:
+                Pool.broken -= 1
+                future.set_exception(BrokenProcessPool("gone"))
+            else:
+                future.set_result({"status": "finished"})
+            return future
+
+        def shutdown(self, **_: Any) -> None: ...
+
+    monkeypatch.setattr(engines.Processes, "_new_pool", lambda self: Pool())
+    four = [runs.Run("mnist", {"dataset": "digits", "seed": seed}, True) for seed in range(4)]
+    with engines.Processes(2) as engine:
+        ended = list(engine(four, lambda run: None))
+    assert sorted(run.settings["seed"] for run, _ in ended) == [0, 1, 2, 3]
+    assert [record["status"] for _, record in ended].count("failed") == 2
+    assert "worker process died" in next(record["traceback"] for _, record in ended if record["status"] == "failed")
+
+
+def test_a_killed_sweep_goes_on_to_the_same_end(unbroken: tuple[Path, list[sweep.Done]], tmp_path: Path) -> None:
+    """SIGKILL at a random moment; two worker processes, which must not outlive their parent."""
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump(TINY))
+    command = [sys.executable, str(ROOT / "recipes" / "compare.py"), "--grid", str(file), "--jobs", "2", "--out", "out"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.stdout is not None
+    enough = random.Random().randint(1, 8)  # a new moment every time
+    ended = (line for line in process.stdout if "accuracy" in line)
+    assert len(list(islice(ended, enough))) == enough, "the sweep ended before it was killed"
+    process.kill()
+    process.communicate(timeout=300)  # to the end of what the workers write: until the last of them is gone
+    assert process.returncode == -signal.SIGKILL
+    before = written(tmp_path / "out" / "runs")
+    resumed: list[str] = []
+
+    def in_this_process(
+        missing: Iterable[runs.Run], started: engines.Started
+    ) -> Iterator[tuple[runs.Run, runs.Record]]:
+        for run in missing:
+            resumed.append(run.key)
+            yield run, runs.make(run)
+
+    make_all(tiny(), tmp_path / "out" / "runs", in_this_process)
+    after = written(tmp_path / "out" / "runs")
+    assert enough <= len(before) < len(after)
+    assert sorted(resumed) == sorted(set(after) - set(before))
+    expected = written(unbroken[0] / "runs")
+    assert {key: without_clock(one) for key, one in after.items()} == {
+        key: without_clock(one) for key, one in expected.items()
+    }
+
+
+def test_what_a_killed_sweep_was_writing_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "0a1b.json.7f.part").write_text('{"status"')
+    with records.Records(tmp_path):
+        assert not list(tmp_path.glob("*.part"))
+
+
+def test_two_sweeps_do_not_share_a_folder(tmp_path: Path) -> None:
+    with (
+        records.Records(tmp_path),
+        pytest.raises(UserError, match="another sweep is writing"),
+        records.Records(tmp_path),
+    ):
+        pass
+
+
+# ---- Ray ------------------------------------------------------------------------------------------------------------
+
+
+def test_ray_gives_the_same_records(unbroken: tuple[Path, list[sweep.Done]], tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason='--engine ray needs pip install "gradpen[ray]"')
+    described = tiny(methods={"none": {}}, sweeps=[])
+    with engines.Ray(jobs=2) as engine:
+        make_all(described, tmp_path, engine)
+    made, expected = written(tmp_path), written(unbroken[0] / "runs")
+    assert len(made) == 2
+    assert {key: without_clock(one) for key, one in made.items()} == {key: without_clock(expected[key]) for key in made}
+
+
+def test_ray_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=re.escape('pip install "gradpen[ray]"')):
+        engines.Ray(jobs=2)
+
+
+# ---- grids ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "grids").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_grids_in_the_repository_are_whole(path: Path) -> None:
+    described = grid.read_grid(path)
+    planned = list(described.every_run())
+    assert {one.stage for one in planned} >= {"report"}
+    assert len({one.run.key for one in planned if one.stage == "report"}) > 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": {"input": {"penalty": "input"}}}, "expected a method named none"),
+        ({"seeds": [0, 1]}, "choose_seed 0 must not be among the seeds"),
+        ({"matched_compute": "some"}, "matched_compute must be one of none, largest, each, got 'some'"),
+        ({"methods": {"none": {}, "a": {"like": "b"}}}, "which must be a method that is not like another"),
+        ({"methods": {"none": {"wait": 1}}}, r"recipes/mnist.py has no setting wait"),
+        ({"tasks": [{"train_size": 5}, {"train_size": 5, "epochs": 2}]}, "tasks must have different names"),
+        ({"tasks": [{"train_size": 5, "only": ["input"]}]}, r"only must name methods of the grid, none among them"),
+        (
+            {"tasks": [{"train_size": 5, "only": ["none", "input, every 2nd step"]}]},
+            "'input, every 2nd step' is like 'input', which only must name too",
+        ),
+        ({"settings": {"recipe": "mnist"}}, "give dataset a name, not auto"),
+        ({"settings": {"recipe": "imagenet"}}, "recipe must be one of mnist, cifar"),
+    ],
+)
+def test_mistakes_in_a_grid_are_named_before_anything_runs(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        tiny(**changes)
+
+
+def test_unknown_parts_of_a_grid_file_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "grid.yaml"
+    file.write_text(yaml.safe_dump({**TINY, "repetitions": 3}))
+    with pytest.raises(UserError, match="may have name, tasks, methods"):
+        grid.read_grid(file)
+    file.write_text("name: x\n")
+    with pytest.raises(UserError, match="lacks tasks, methods, seeds"):
+        grid.read_grid(file)
+
+
+def test_candidates_need_validation_images(tmp_path: Path) -> None:
+    settings = {**TINY["settings"], "val_size": 0}
+    methods = {"none": {}, "input": {"penalty": "input", "weight": [0.1, 1.0]}}
+    with pytest.raises(UserError, match="give val_size"):
+        make_all(tiny(settings=settings, methods=methods, sweeps=[]), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("matched", "expected"),
+    [
+        ("each", {"input": 2.5, "param": 1.5}),
+        ("largest", {"input": 2.5, "param": 2.5}),
+        ("none", {}),
+    ],
+)
+def test_the_plain_baseline_gets_at_least_the_compute(matched: str, expected: dict[str, float]) -> None:
+    costs = {"none": 1.0, "weight decay": 1.02, "input": 2.25, "param": 1.5}
+    assert tiny(matched_compute=matched).factors(costs) == expected
+
+
+def test_what_is_reported_may_train_on_the_validation_images_too() -> None:
+    described = tiny(tasks=[{"train_size": 1000, "report": {"train_size": 1400, "val_size": 0}}])
+    planned = list(described.every_run())
+    for stage, expected in (("choose", (1000, 200)), ("report", (1400, 0))):
+        settings = [one.run.settings for one in planned if one.stage == stage]
+        assert {(one["train_size"], one["val_size"]) for one in settings} == {expected}
+    assert {one.task for one in planned if one.stage != "sweep"} == {"digits, 1,400 images"}
+
+
+def test_a_task_may_compare_some_methods_only() -> None:
+    described = tiny(tasks=[{"train_size": 50}, {"train_size": 100, "only": ["none", "param"]}], sweeps=[])
+    methods = {one.method for one in described.every_run() if one.task == "digits, 100 images"}
+    assert methods == {"none", "param"}
+
+
+def test_a_run_is_known_by_what_decides_its_result() -> None:
+    run = runs.Run("mnist", {"dataset": "digits", "seed": 1}, True)
+    assert (
+        run.key == runs.Run("mnist", {"seed": 1, "epochs": 20, "dataset": "digits", "data_dir": "elsewhere"}, True).key
+    )
+    assert run.key != replace(run, settings={**run.settings, "seed": 2}).key
+    assert run.key != replace(run, settings={**run.settings, "epochs": 21}).key
+    assert run.key != replace(run, reads_test=False).key
+
+
+def test_records_are_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = runs.Run("mnist", {"dataset": "digits"}, True)
+    found = records.Records(tmp_path)
+    found.put(run, {"status": "finished", "result": {"loss": float("nan")}})
+    assert found.get(run) == {"status": "finished", "result": {"loss": None}}
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        found.put(run, {"status": "finished", "result": {}})
+    assert not list(tmp_path.glob("*.part"))
+    assert found.get(run) == {"status": "finished", "result": {"loss": None}}
+
+
+# ---- numbers --------------------------------------------------------------------------------------------------------
+
+
+def test_the_cost_is_that_of_the_formulas() -> None:
+    """F multiplications in a forward pass, F₁ of them in the first layer; a plain step has 3F − F₁."""
+    widths = [36, 16, 16, 10]
+    products = [a * b for a, b in pairwise(widths)]
+    F, F1 = sum(products), products[0]
+    settings = runs.Run("mnist", {"dataset": "digits", "hidden": "16,16"}, True).full_settings()
+    model = models.mlp(settings, 36, 10)
+    x, y = torch.randn(8, 36), torch.randint(10, (8,))
+
+    def cost(**changes: Any) -> float:
+        objective = objectives.penalised_loss(replace(settings, **changes))
+        return objectives.cost_in_multiplications(model, objective, x, y) * (3 * F - F1)
+
+    assert cost() == 3 * F - F1
+    assert cost(penalty="input", weight=1.0) == pytest.approx(6 * F - F1, rel=0.02)
+    assert cost(penalty="param", weight=1.0) == pytest.approx(6 * F - 4 * F1, rel=0.02)
+    assert cost(penalty="param", weight=1.0, over="batch") == pytest.approx(9 * F - 5 * F1, rel=0.02)
+    assert 2 * (3 * F - F1) <= cost(sam_radius=0.1) <= 3 * (3 * F - F1)
+    lazy = cost(penalty="input", weight=1.0, every_n_steps=4)
+    assert lazy == pytest.approx(3 * F - F1 + (cost(penalty="input", weight=1.0) - 3 * F + F1) / 4, rel=0.02)
+
+
+def test_intervals_are_student_s() -> None:
+    values, reference = {1: 93.1, 2: 92.8, 3: 93.9, 4: 93.0}, {1: 90.2, 2: 90.9, 3: 91.0, 5: 80.0}
+    found = intervals.paired(values, reference)
+    oracle = stats.ttest_rel([93.1, 92.8, 93.9], [90.2, 90.9, 91.0]).confidence_interval(0.95)
+    assert found is not None
+    assert (found.low, found.high, found.count) == (pytest.approx(oracle.low), pytest.approx(oracle.high), 3)
+    assert intervals.interval([1.0]) == intervals.Interval(1.0, None, 1)
+    assert intervals.interval([]) is None
+    ratio = intervals.paired_ratio({1: 2.0, 2: 8.0, 3: 0.0}, {1: 1.0, 2: 1.0, 3: 1.0})
+    assert ratio is not None
+    assert ratio.exp()[0] == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize("scheme", ["he", "xavier", "orthogonal"])
+def test_initialisations_have_the_activation_s_gain(scheme: str) -> None:
+    settings = runs.Run("mnist", {"dataset": "digits", "hidden": "400", "init": scheme}, True).full_settings()
+    weight = models.mlp(settings, 300, 10).get_submodule("dense1").weight.detach()
+    gain, fan_in, fan_out = 2**0.5, 300, 400
+    if scheme == "orthogonal":
+        assert torch.allclose(weight.T @ weight, gain**2 * torch.eye(300), atol=1e-4)
+    std = {
+        "he": gain / fan_in**0.5,
+        "xavier": gain * (2 / (fan_in + fan_out)) ** 0.5,
+        "orthogonal": gain / fan_out**0.5,
+    }
+    assert float(weight.std()) == pytest.approx(std[scheme], rel=0.02)
+
+
+def test_an_activation_without_a_gain_is_named() -> None:
+    settings = runs.Run("mnist", {"dataset": "digits", "init": "he", "activation": "gelu"}, True).full_settings()
+    with pytest.raises(UserError, match=r"torch knows for relu, tanh: got --activation gelu"):
+        models.mlp(settings, 4, 2)
+
+
+# ---- the command line -----------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_estimates_what_is_left(
+    unbroken: tuple[Path, list[sweep.Done]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump(TINY))
+    times = estimate.StepTimes(step=3600.0, check=0.0, ladder=3600.0)
+    monkeypatch.setattr(estimate, "measure", lambda settings, images: times)
+    compare.main(compare.CompareSettings(grid=str(file), out=str(tmp_path / "out"), dry_run=True))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].startswith("18 runs are left")
+    assert not written(tmp_path / "out" / "runs")
+    sweeps = next(line for line in lines if "sweep 1" in line)
+    steps = -(-(1438 - 200) // 50)  # one epoch of all digits but those that are held out
+    assert sweeps.split()[-3:] == ["2", "0", f"{2 * (steps + 2):.2f}"]  # two runs with two ladders each
+    compare.main(compare.CompareSettings(grid=str(file), out=str(unbroken[0]), dry_run=True))
+    assert "0 runs are left: 0.00 hours" in capsys.readouterr().out
+
+
+def test_data_that_is_not_there_stops_a_sweep_before_it_starts(
+    no_network: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump({**TINY, "settings": {**TINY["settings"], "dataset": "kmnist"}}))
+    with pytest.raises(UserError, match="KMNIST is not in"):
+        compare.main(compare.CompareSettings(grid=str(file), data_dir=str(tmp_path), jobs=2, out=str(tmp_path / "out")))
+    assert not written(tmp_path / "out" / "runs")
+
+
+def test_step_times_are_measured() -> None:
+    run = runs.Run("mnist", {**{k: v for k, v in TINY["settings"].items() if k != "recipe"}, "train_size": 100}, True)
+    times = estimate.measure(run.full_settings(), runs.load(run))
+    assert min(times.step, times.check, times.ladder) > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"jobs": 0}, "--jobs must be >= 1, got 0"), ({"ray_address": "auto"}, "--ray-address goes with --engine ray")],
+)
+def test_mistakes_in_flags_are_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        compare.CompareSettings(grid="x.yaml", **settings)
