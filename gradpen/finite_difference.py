@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradpen._graph import walk_graph
+from gradpen._graph import differentiate, walk_graph
 from gradpen._numerics import divide_or_zero, row_sq_norm, total_sq_norm
 from gradpen.recording import RngState, call_with, float_tensors, map_floats
 
@@ -49,7 +49,7 @@ def input_norm(
         step: length r of the displacement of every sample.
         rng: the generators' state before the forward pass that gave f.
     """
-    gradients = torch.autograd.grad(f.sum(), list(inputs), retain_graph=True, allow_unused=True)
+    gradients = differentiate(f.sum(), list(inputs))
     found = [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, gradients, strict=True)]
     norm = torch.stack([row_sq_norm(gradient) for gradient in found]).sum(0).sqrt()
     directions = [divide_or_zero(g, norm.reshape(-1, *[1] * (g.dim() - 1)).to(g.dtype)) for g in found]
@@ -86,8 +86,14 @@ def param_norm(
         step: length r of the displacement, so that ε = r/‖∇_θ L‖.
         rng: the generators' state before the forward pass that gave `loss`.
     """
-    replayed, gradient_of = _replay_gradient(loss, x)
-    found = {name: gradient_of[id(p)] for name, p in parameters.items() if id(p) in gradient_of}
+    if (
+        torch.compiler.is_compiling()
+    ):  # the graph cannot be walked there, and the compiler sees that nothing is used twice
+        replayed, gradients = loss, differentiate(loss, list(parameters.values()))
+        found = {name: g for name, g in zip(parameters, gradients, strict=True) if g is not None}
+    else:
+        replayed, gradient_of = _replay_gradient(loss, x)
+        found = {name: gradient_of[id(p)] for name, p in parameters.items() if id(p) in gradient_of}
     if not found:
         return loss.new_zeros(())
     norm = total_sq_norm(list(found.values())).sqrt()

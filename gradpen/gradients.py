@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gradpen._graph import differentiate
 from gradpen._numerics import row_sq_norm, sum_tensors
 from gradpen.recording import Recording
 
@@ -44,7 +45,7 @@ def sample_gradients(
     if not wanted:
         return SampleGradients([], {})
     with recording.gate.towards_inputs():
-        gradients = torch.autograd.grad(total, wanted, create_graph=create_graph, retain_graph=True, allow_unused=True)
+        gradients = differentiate(total, wanted, create_graph=create_graph)
     input_count = len(recording.inputs) if inputs else 0
     input_gradients = gradients[:input_count]
     if inputs:
@@ -70,9 +71,7 @@ def jacobian_sq_norm(output: Tensor, recording: Recording) -> Tensor:
     outputs = rows.shape[1]
     basis = torch.eye(outputs, dtype=rows.dtype, device=rows.device).unsqueeze(1).expand(-1, rows.shape[0], -1)
     with recording.gate.towards_inputs():
-        gradients = torch.autograd.grad(
-            rows, recording.inputs, basis, create_graph=True, is_grads_batched=True, allow_unused=True
-        )
+        gradients = differentiate(rows, recording.inputs, basis, create_graph=True, batched=True)
     return input_sq_norm([gradient.transpose(0, 1) for gradient in _used(gradients)])
 
 
@@ -88,9 +87,7 @@ def projected_jacobian_sq_norm(
         normal = torch.randn(rows.shape, generator=generator, device=rows.device, dtype=torch.float32)
         directions = (normal / normal.norm(dim=1, keepdim=True) * outputs**0.5).to(rows.dtype)
         with recording.gate.towards_inputs():
-            gradients = torch.autograd.grad(
-                rows, recording.inputs, directions, create_graph=True, allow_unused=True, retain_graph=True
-            )
+            gradients = differentiate(rows, recording.inputs, directions, create_graph=True)
         estimates.append(input_sq_norm(_used(gradients)))
     return torch.stack(estimates).mean(0)
 

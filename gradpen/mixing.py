@@ -84,6 +84,25 @@ def _key(
     return model.training, len(gradients.inputs), layout, _code_of(scalar)
 
 
+def find_mixed_calls_for_good(
+    model: nn.Module, f: Tensor, scalar: Callable[[Any], Tensor], recording: Recording, gradients: SampleGradients
+) -> frozenset[int]:
+    """`find_mixed_calls` for a caller who will not ask again for the next batch.
+
+    Raises:
+        RuntimeError: as `find_mixed_calls`, and if this batch does not settle it for the next ones.
+    """
+    batch_size = f.shape[0]
+    check_unambiguous(f, recording, gradients, batch_size)
+    mixed = find_mixed_calls(model, f, scalar, recording, gradients)
+    if batch_size > 1 and _key(model, scalar, recording, gradients, batch_size) not in _mixed_calls[model]:
+        raise RuntimeError(
+            "expected gradients other than zero, from which can be seen that f_i depends on sample i alone, but for this "
+            "batch some layer's are zero throughout: call the objective once without torch.compile on a batch where they are not"
+        )
+    return mixed
+
+
 def check_unambiguous(root: Tensor, recording: Recording, gradients: SampleGradients, batch_size: int) -> None:
     """Where rows cannot be tried out, they are taken for samples only if they cannot be anything else.
 

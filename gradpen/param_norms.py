@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from gradpen import closed_form
-from gradpen._graph import GraphWalk, walk_graph
+from gradpen._graph import GraphWalk, differentiate, edge_of, walk_graph
 from gradpen._numerics import full_precision, rounding_tolerance, row_sq_norm, sum_tensors, total_sq_norm
 from gradpen.gradients import SampleGradients, check_differentiable
 from gradpen.mixing import find_mixed_calls
@@ -139,9 +140,7 @@ def closed_loss_sq_norm(
 def batch_param_sq_norm(f: Tensor, parameters: Sequence[Tensor], *, create_graph: bool = True) -> Tensor:
     """‖∇_θ mean_i f_i‖²: shape (1,)."""
     check_differentiable(f)
-    gradients = torch.autograd.grad(
-        f.mean(), list(parameters), create_graph=create_graph, retain_graph=True, allow_unused=True
-    )
+    gradients = differentiate(f.mean(), list(parameters), create_graph=create_graph)
     found = [gradient for gradient in gradients if gradient is not None]
     return total_sq_norm(found).reshape(1) if found else f.new_zeros(1)
 
@@ -198,14 +197,15 @@ def _rows(call: Call, start: int, stop: int) -> Call:
     if start == 0 and stop == call.input.shape[0]:
         return call
     input = call.checked_input()[start:stop]
-    return call._replace(input=input, input_version=input._version)
+    return call._replace(input=input, input_version=None if call.input_version is None else input._version)
 
 
 def _uses_by_parameter(calls: Sequence[Call], walk: GraphWalk) -> dict[int, list[tuple[int, str]]]:
     """id(parameter) → the calls in the graph of f that use it."""
     uses: dict[int, list[tuple[int, str]]] = {}
     for index, call in enumerate(calls):
-        if call.output.node in walk.nodes:
+        edge = call.output if isinstance(call.output, GradientEdge) else edge_of(call.output)
+        if edge.node in walk.nodes:
             for role, tensor in (("weight", call.weight), ("bias", call.bias)):
                 if tensor is not None and tensor.requires_grad:
                     uses.setdefault(id(tensor), []).append((index, role))
