@@ -10,6 +10,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+# Before torch 2.7 an edge does not own the node of a Python autograd.Function: where the model drops the output, using the
+# edge is a segmentation fault
+EDGES_KEEP_PYTHON_NODES = "ownership_token" in GradientEdge._fields
+
 
 class GraphWalk(NamedTuple):
     """Every node that a backward pass from one tensor can reach, and the leaves behind them."""
@@ -21,7 +25,7 @@ class GraphWalk(NamedTuple):
 
 def differentiate(
     outputs: Tensor,
-    inputs: Sequence[Tensor | GradientEdge],
+    inputs: Sequence[Tensor] | Sequence[GradientEdge],
     cotangents: Tensor | None = None,
     *,
     create_graph: bool = False,

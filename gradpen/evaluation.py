@@ -198,7 +198,7 @@ def _input_norms(forward: _Pass, scalar: _ScalarGradients, term: InputTerm) -> G
             recording.inputs,
             scheme=term.scheme,
             step=term.step,
-            rng=forward.rng,
+            replay=forward.rng.replayed,
         ).square()
     return GroupNorms(sq_norms, torch.ones_like(sq_norms))
 
@@ -275,7 +275,7 @@ def _finite_difference_norms(
             groups.append((x_rows, function(call_with(model, {}, x_rows)), function, rng))
     norms = [
         finite_difference.param_norm(
-            model, x, f.mean(), function, parameters, scheme=term.scheme, step=term.step, rng=rng
+            model, x, f.mean(), function, parameters, scheme=term.scheme, step=term.step, replay=rng.replayed
         )
         for x, f, function, rng in groups
     ]

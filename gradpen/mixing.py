@@ -98,7 +98,7 @@ def find_mixed_calls_for_good(
     if batch_size > 1 and _key(model, scalar, recording, gradients, batch_size) not in _mixed_calls[model]:
         raise RuntimeError(
             "expected gradients other than zero, from which can be seen that f_i depends on sample i alone, but for this "
-            "batch some layer's are zero throughout: call the objective once without torch.compile on a batch where they are not"
+            "batch some layer's are zero throughout: call the objective once without torch.compile on a batch whose are not"
         )
     return mixed
 

@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
 
 from gradpen import closed_form
-from gradpen._graph import GraphWalk, differentiate, edge_of, walk_graph
+from gradpen._graph import GraphWalk, differentiate, walk_graph
 from gradpen._numerics import full_precision, rounding_tolerance, row_sq_norm, sum_tensors, total_sq_norm
 from gradpen.gradients import SampleGradients, check_differentiable
 from gradpen.mixing import find_mixed_calls
@@ -204,8 +203,7 @@ def _uses_by_parameter(calls: Sequence[Call], walk: GraphWalk) -> dict[int, list
     """id(parameter) → the calls in the graph of f that use it."""
     uses: dict[int, list[tuple[int, str]]] = {}
     for index, call in enumerate(calls):
-        edge = call.output if isinstance(call.output, GradientEdge) else edge_of(call.output)
-        if edge.node in walk.nodes:
+        if call.output.node in walk.nodes:
             for role, tensor in (("weight", call.weight), ("bias", call.bias)):
                 if tensor is not None and tensor.requires_grad:
                     uses.setdefault(id(tensor), []).append((index, role))

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradpen._numerics import safe_sqrt
 from gradpen import _checks, evaluation
+from gradpen._numerics import safe_sqrt
 from gradpen.criteria import Criterion, as_criterion
 from gradpen.evaluation import Evaluation, GroupNorms
 from gradpen.recording import tensors_of

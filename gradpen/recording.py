@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
 from torch.overrides import TorchFunctionMode
 
 from gradpen import _graph
@@ -28,7 +27,9 @@ class Call(NamedTuple):
     weight: Tensor | None
     bias: Tensor | None
     options: dict[str, Any]
-    output: GradientEdge | Tensor  # where ∂f/∂output arrives: the tensor itself may be changed in place later
+    output: (
+        Any  # where ∂f/∂output arrives: a GradientEdge (a tensor may be changed in place later), or a copy (`traced`)
+    )
     output_shape: torch.Size
     input_version: int | None  # None: `input` is a copy that nobody else has
 
@@ -193,7 +194,9 @@ class InputGate:
 
     def admits(self, tensor: Tensor) -> bool:
         """Whether `tensor` is one of the aliases or a view of one, so that nothing but x lies behind it."""
-        if not self._aliases or torch.is_autocast_enabled(tensor.device.type):  # autocast would cast inside F.linear
+        if not (self._aliases and _graph.EDGES_KEEP_PYTHON_NODES):
+            return False
+        if torch.is_autocast_enabled(tensor.device.type):  # autocast would cast inside F.linear
             return False
         node = tensor.grad_fn
         while node is not None and type(node).__name__ in _VIEW_NODES:

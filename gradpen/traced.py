@@ -2,8 +2,8 @@
 
 In eager mode gradpen walks the autograd graph, tries out which rows belong to one sample, and reads the generators' state.
 None of that can be part of a compiled graph, and none of it has to be: it depends on the model, its code and the shapes, for
-which `torch.compile` has guards. While it traces, it asks `_known`, which looks at the real model with the real batch in eager mode;
-the answer is a constant of the graph. What is traced is one forward pass, `torch.autograd.grad` and the closed forms.
+which `torch.compile` has guards. Once per compilation `_known` looks at the real model with the real batch in eager mode,
+and its answer is a constant of the graph. What is traced is one forward pass, `torch.autograd.grad` and the closed forms.
 
 Importing this file imports `torch._dynamo`, so it is done when a compilation needs it.
 """
@@ -131,7 +131,7 @@ def _group_norms(
     batch_size = f.shape[0]
     group_size = term.group_size(batch_size)
     if term.method == "finite_difference":
-        sq_norms = _displaced_param_sq_norms(model, x, term, _scalar(term, criterion, y), f, parameters)
+        sq_norms = _displaced_param_sq_norm(model, x, term, _scalar(term, criterion, y), f, parameters)
     elif term.over == "batch":
         sq_norms = param_norms.batch_param_sq_norm(f, list(parameters.values()))
     else:
@@ -164,11 +164,11 @@ def _input_sq_norms(
         forward.inputs,
         scheme=term.scheme,
         step=term.step,
-        rng=NOTHING_DRAWN,
+        replay=contextlib.nullcontext,
     ).square()
 
 
-def _displaced_param_sq_norms(
+def _displaced_param_sq_norm(
     model: nn.Module,
     x: Any,
     term: ParamTerm,
@@ -176,20 +176,11 @@ def _displaced_param_sq_norms(
     f: Tensor,
     parameters: Mapping[str, Tensor],
 ) -> Tensor:
+    """‖∇_θ mean_i f_i‖² with a gradient from first derivatives: (1,). The model is known to draw no random numbers."""
     norm = finite_difference.param_norm(
-        model, x, f.mean(), scalar, parameters, scheme=term.scheme, step=term.step, rng=NOTHING_DRAWN
+        model, x, f.mean(), scalar, parameters, scheme=term.scheme, step=term.step, replay=contextlib.nullcontext
     )
     return norm.square().reshape(1)
-
-
-class _NothingDrawn:
-    """Stands for `RngState` where the model is known to draw nothing."""
-
-    def replayed(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
-
-
-NOTHING_DRAWN = _NothingDrawn()
 
 
 # ---- the traced forward pass ----------------------------------------------------------------------------------------
@@ -365,17 +356,17 @@ def _closed_uses(model: nn.Module, forward: Recording, term: Term, criterion: Cr
     if not evaluation.needs_deltas(term):
         if term.group_size(batch_size) < batch_size:
             raise RuntimeError(
-                f'method="finite_difference" runs the model for every group of samples by itself, and over={term.over!r} makes '
-                'that more than one: within torch.compile use method="exact" or over="batch"'
+                f'method="finite_difference" with over={term.over!r} runs the model for every group of samples by itself, '
+                'which gradpen does not do within torch.compile: use method="exact", over="batch", or no torch.compile'
             )
         return ()
     mixed = _checked_mixed_calls(model, f, scalar, forward, deltas=True)
     plan = param_norms.plan_parameters(forward, f, select_parameters(model, term.parameters), mixed, batch_size)
     if plan.mapped:
         raise RuntimeError(
-            f"the gradients of {', '.join(plan.mapped)} have no closed form for single samples, so that they are computed by "
-            'running the model for every sample, which gradpen does not do within torch.compile: use over="batch", leave '
-            "them out with parameters=…, or call the objective without torch.compile"
+            f"the gradients of {', '.join(plan.mapped)} have no closed form for single samples, so the model is run for "
+            'every sample, which gradpen does not do within torch.compile: use over="batch", leave these parameters out with '
+            "parameters=…, or call the objective without torch.compile"
         )
     return tuple((name, tuple(uses)) for name, uses in plan.closed.items())
 
