@@ -364,9 +364,9 @@ def _closed_uses(model: nn.Module, forward: Recording, term: Term, criterion: Cr
     plan = param_norms.plan_parameters(forward, f, select_parameters(model, term.parameters), mixed, batch_size)
     if plan.mapped:
         raise RuntimeError(
-            f"the gradients of {', '.join(plan.mapped)} have no closed form for single samples, so the model is run for "
-            'every sample, which gradpen does not do within torch.compile: use over="batch", leave these parameters out with '
-            "parameters=…, or call the objective without torch.compile"
+            f"the gradients of {', '.join(plan.mapped)} have no closed form for single samples, so the model is run for every "
+            "sample, which gradpen does not do within torch.compile: leave these parameters out with parameters=…, use "
+            'over="batch", or call the objective without torch.compile'
         )
     return tuple((name, tuple(uses)) for name, uses in plan.closed.items())
 
