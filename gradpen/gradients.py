@@ -6,6 +6,7 @@ sample i alone, its rows are the gradients of the single f_i.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -71,7 +72,16 @@ def jacobian_sq_norm(output: Tensor, recording: Recording) -> Tensor:
     outputs = rows.shape[1]
     basis = torch.eye(outputs, dtype=rows.dtype, device=rows.device).unsqueeze(1).expand(-1, rows.shape[0], -1)
     with recording.gate.towards_inputs():
-        gradients = differentiate(rows, recording.inputs, basis, create_graph=True, batched=True)
+        try:
+            gradients = differentiate(rows, recording.inputs, basis, create_graph=True, batched=True)
+        except RuntimeError as error:
+            warnings.warn(
+                f"the Jacobian is computed one output at a time, which is slow, because torch {torch.__version__} cannot "
+                f"run the backward pass for all of them at once: {str(error).splitlines()[0]}",
+                stacklevel=2,
+            )
+            rows_of = [differentiate(rows, recording.inputs, cotangents, create_graph=True) for cotangents in basis]
+            return sum_tensors([input_sq_norm(_used(gradients)) for gradients in rows_of])
     return input_sq_norm([gradient.transpose(0, 1) for gradient in _used(gradients)])
 
 

@@ -81,7 +81,7 @@ def _key(
     batch_size: int,
 ) -> Any:
     layout = tuple(recording.calls[index].input.shape[:1] == (batch_size,) for index in gradients.deltas)
-    return model.training, len(gradients.inputs), layout, _code_of(scalar)
+    return model.training, len(gradients.inputs), layout, code_of(scalar)
 
 
 def find_mixed_calls_for_good(
@@ -154,7 +154,7 @@ def _row_factors(f: Tensor) -> Tensor:
     return torch.arange(1, f.shape[0] + 1, device=f.device, dtype=f.dtype).cos()
 
 
-def _code_of(function: Any) -> Any:
+def code_of(function: Any) -> Any:
     """What tells functions apart that are made anew for every call, such as lambdas and partials."""
     function = getattr(function, "source", function)
     function = getattr(function, "func", function)

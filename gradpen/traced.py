@@ -86,7 +86,14 @@ def advance(penalty: Any, training: bool) -> float | None:
     """`GradPenalty.advance_by_one` with a step counter that the graph takes as a variable.
 
     An int in a module is a constant to `torch.compile`, and every step would be another graph.
+
+    Raises:
+        RuntimeError: if this torch cannot be told so.
     """
+    if not hasattr(torch._dynamo, "patch_dynamo_config"):
+        raise RuntimeError(
+            f"gradpen's penalties can be compiled from torch 2.8 on, got {torch.__version__}: call them eagerly"
+        )
     with torch._dynamo.patch_dynamo_config(allow_unspec_int_on_nn_module=True):
         return penalty.advance_by_one(training)
 
@@ -364,9 +371,9 @@ def _closed_uses(model: nn.Module, forward: Recording, term: Term, criterion: Cr
     plan = param_norms.plan_parameters(forward, f, select_parameters(model, term.parameters), mixed, batch_size)
     if plan.mapped:
         raise RuntimeError(
-            f"the gradients of {', '.join(plan.mapped)} have no closed form for single samples, so the model is run for every "
-            "sample, which gradpen does not do within torch.compile: leave these parameters out with parameters=…, use "
-            'over="batch", or call the objective without torch.compile'
+            f"the gradients of {', '.join(plan.mapped)} have no closed form for single samples, so the model is run for "
+            "every sample, which gradpen does not do within torch.compile: leave these parameters out with "
+            'parameters=…, use over="batch", or call the objective without torch.compile'
         )
     return tuple((name, tuple(uses)) for name, uses in plan.closed.items())
 
