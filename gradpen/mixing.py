@@ -31,7 +31,7 @@ def find_mixed_calls(
     if batch_size == 1:
         return frozenset()
     known, key = _mixed_calls.setdefault(model, {}), _key(model, scalar, recording, gradients, batch_size)
-    if key in known and not _is_ambiguous(f, recording, gradients, batch_size):
+    if key in known and not is_ambiguous(f, recording, gradients, batch_size):
         return known[key]
     check_scalar_rows(f, recording.output)
     factors = _row_factors(f)
@@ -68,7 +68,7 @@ def check_inputs_unmixed(model: nn.Module, f: Tensor, scalar: Callable[[Any], Te
     """
     shaped = SampleGradients(recording.inputs, {})
     known = _key(model, scalar, recording, shaped, len(f)) in _mixed_calls.get(model, {})
-    if not known or _is_ambiguous(f, recording, shaped, len(f)):
+    if not known or is_ambiguous(f, recording, shaped, len(f)):
         found = sample_gradients(f.sum(), recording, inputs=True, deltas=False, create_graph=False)
         find_mixed_calls(model, f, scalar, recording, found)
 
@@ -109,7 +109,7 @@ def check_unambiguous(root: Tensor, recording: Recording, gradients: SampleGradi
     Raises:
         RuntimeError: if there are as many positions as samples, or rows are picked by index.
     """
-    if batch_size > 1 and _is_ambiguous(root, recording, gradients, batch_size):
+    if batch_size > 1 and is_ambiguous(root, recording, gradients, batch_size):
         raise RuntimeError(
             f"a layer sees as many positions (tokens, pixels) as there are samples, {batch_size}, or rows that were picked "
             "by index, so it cannot be told which dimension counts samples: say which part of the module is the model "
@@ -117,7 +117,7 @@ def check_unambiguous(root: Tensor, recording: Recording, gradients: SampleGradi
         )
 
 
-def _is_ambiguous(root: Tensor, recording: Recording, gradients: SampleGradients, batch_size: int) -> bool:
+def is_ambiguous(root: Tensor, recording: Recording, gradients: SampleGradients, batch_size: int) -> bool:
     """Whether the next batch may be laid out otherwise though all shapes agree."""
     calls = [recording.calls[index] for index in gradients.deltas]
     return (

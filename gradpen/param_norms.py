@@ -6,6 +6,7 @@ go through `torch.func`: one forward pass with a copy of these parameters for ev
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -110,7 +111,8 @@ def param_sq_norm(
     if not plan.mapped:
         return closed
     mapped = {name: parameters[name] for name in plan.mapped}
-    return closed + _mapped_sq_norm(model, x, f, scalar, mapped, group_size, rng, create_graph)
+    settled = not mixing.is_ambiguous(f, recording, gradients, batch_size)
+    return closed + _mapped_sq_norm(model, x, f, scalar, mapped, group_size, rng, create_graph, settled)
 
 
 def closed_loss_sq_norm(
@@ -220,27 +222,11 @@ def _mapped_sq_norm(
     group_size: int,
     rng: RngState,
     create_graph: bool,
+    settled: bool,
 ) -> Tensor:
-    """‖∇ mean_{i ∈ group} f_i‖² by a forward pass in which every group has its own copy of the parameters: (groups,)."""
-    batch_size = f.shape[0]
-    shapes = [tuple(tensor.shape) for tensor in tensors_of(x)]
-    if any(shape[:1] != (batch_size,) for shape in shapes):
-        raise ValueError(
-            f"expected dimension 0 of every input tensor to count the {batch_size} samples, got shapes {shapes}"
-        )
-    group_of = torch.arange(batch_size, device=f.device) // group_size
-    groups = -(-batch_size // group_size)
-    copies = {name: parameter.expand(groups, *parameter.shape) for name, parameter in parameters.items()}
-    by_sample = copies if group_size == 1 else {name: copy[group_of] for name, copy in copies.items()}
-
-    def one_sample(copied: dict[str, Tensor], sample: Any) -> Any:
-        output = call_with(model, copied, map_tensors(sample, lambda tensor: tensor.unsqueeze(0)))
-        return map_tensors(output, lambda tensor: tensor.squeeze(0))
-
-    in_dims = (0, map_leaves(x, lambda leaf: 0 if isinstance(leaf, Tensor) else None))
+    """‖∇ mean_{i ∈ group} f_i‖² of parameters without a closed form, by torch.func.vmap or else in a loop: (groups,)."""
     try:
-        with rng.replayed():
-            output = torch.vmap(one_sample, in_dims, randomness="different")(by_sample, x)
+        mapped = run_mapped(model, x, scalar, parameters, f.shape[0], group_size, rng.replayed)
     except RuntimeError as error:
         warnings.warn(
             f"the gradients of {', '.join(parameters)} are computed one sample at a time, which is slow, because "
@@ -248,23 +234,71 @@ def _mapped_sq_norm(
             stacklevel=2,
         )
         return _looped_sq_norm(f, list(parameters.values()), group_size, create_graph)
-    mapped_f = scalar(output)
-    key = (model.training, tuple(parameters), tuple(shapes), group_size, mixing.code_of(scalar))
-    if key not in _same_values.setdefault(model, set()):
-        _check_same_values(f, mapped_f, list(parameters))
-        _same_values[model].add(key)
-    sizes = (batch_size - group_of * group_size).clamp(max=group_size)
-    gradients = torch.autograd.grad(
-        (mapped_f / sizes).sum(),
-        list(copies.values()),
-        create_graph=create_graph,
-        allow_unused=True,
-    )
-    return sum_tensors([row_sq_norm(gradient) for gradient in gradients if gradient is not None])
+    key = (model.training, tuple(parameters), group_size, tuple(_shapes(x)), mixing.code_of(scalar))
+    if not (settled and key in _same_values.get(model, ())):
+        check_same_values(f, mapped.f, list(parameters))
+        _same_values.setdefault(model, set()).add(key)
+    return mapped.sq_norm(create_graph)
 
 
 # models whose second forward pass has been compared with the first: comparing makes the host wait for the device
 _same_values: weakref.WeakKeyDictionary[nn.Module, set[Any]] = weakref.WeakKeyDictionary()
+
+
+class Mapped(NamedTuple):
+    """A forward pass in which every group of samples has its own copy of some parameters."""
+
+    f: Tensor  # (B,)
+    copies: list[Tensor]  # (groups, *parameter.shape)
+    group_size: int
+
+    def sq_norm(self, create_graph: bool = True) -> Tensor:
+        """‖∇ mean_{i ∈ group} f_i‖²: (groups,)."""
+        batch_size = self.f.shape[0]
+        before = torch.arange(batch_size, device=self.f.device) // self.group_size * self.group_size
+        sizes = (batch_size - before).clamp(max=self.group_size)
+        gradients = differentiate((self.f / sizes).sum(), self.copies, create_graph=create_graph)
+        return sum_tensors([row_sq_norm(gradient) for gradient in gradients if gradient is not None])
+
+
+def run_mapped(
+    model: nn.Module,
+    x: Any,
+    scalar: ScalarFn,
+    parameters: Mapping[str, Tensor],
+    batch_size: int,
+    group_size: int,
+    replay: Callable[[], contextlib.AbstractContextManager[None]],
+) -> Mapped:
+    """Run the model sample by sample, all at once, within a context in which the same random numbers are drawn again.
+
+    Raises:
+        ValueError: if an input has no row for every sample.
+        RuntimeError: if torch.func.vmap cannot run the model.
+    """
+    shapes = _shapes(x)
+    if any(shape[:1] != (batch_size,) for shape in shapes):
+        raise ValueError(
+            f"expected dimension 0 of every input tensor to count the {batch_size} samples, got shapes {shapes}"
+        )
+    groups = -(-batch_size // group_size)
+    copies = {name: parameter.expand(groups, *parameter.shape) for name, parameter in parameters.items()}
+    by_sample = copies
+    if group_size > 1:
+        by_sample = {name: copy.repeat_interleave(group_size, 0)[:batch_size] for name, copy in copies.items()}
+
+    def one_sample(copied: dict[str, Tensor], sample: Any) -> Any:
+        output = call_with(model, copied, map_tensors(sample, lambda tensor: tensor.unsqueeze(0)))
+        return map_tensors(output, lambda tensor: tensor.squeeze(0))
+
+    in_dims = (0, map_leaves(x, lambda leaf: 0 if isinstance(leaf, Tensor) else None))
+    with replay():
+        output = torch.vmap(one_sample, in_dims, randomness="different")(by_sample, x)
+    return Mapped(scalar(output), list(copies.values()), group_size)
+
+
+def _shapes(x: Any) -> list[tuple[int, ...]]:
+    return [tuple(tensor.shape) for tensor in tensors_of(x)]
 
 
 def _looped_sq_norm(f: Tensor, parameters: Sequence[Tensor], group_size: int, create_graph: bool) -> Tensor:
@@ -282,7 +316,7 @@ def _looped_sq_norm(f: Tensor, parameters: Sequence[Tensor], group_size: int, cr
     return torch.stack(norms)
 
 
-def _check_same_values(f: Tensor, mapped_f: Tensor, names: list[str]) -> None:
+def check_same_values(f: Tensor, mapped_f: Tensor, names: list[str]) -> None:
     """The second forward pass must have been the first one, dropout masks and all."""
     tolerance = rounding_tolerance(f)
     if not torch.allclose(f.detach(), mapped_f.detach(), rtol=tolerance, atol=tolerance, equal_nan=True):
