@@ -31,7 +31,9 @@ torch.compiler.allow_in_graph(_graph.differentiate)
 torch.compiler.allow_in_graph(recording.requiring_grad)
 
 CallSignature = tuple[str, tuple[int, ...] | None]
-Uses = tuple[tuple[str, tuple[tuple[int, str], ...]], ...]
+Uses = tuple[tuple[str, tuple[tuple[int, str], ...]], ...]  # name → the calls that use it
+Plan = tuple[Uses, tuple[str, ...]]
+NO_PLAN: Plan = ((), ())
 
 
 class Known(NamedTuple):
@@ -39,7 +41,7 @@ class Known(NamedTuple):
 
     scalars: tuple[int, ...]  # for every term, the number of its f: terms of one f share a backward pass
     parameters: tuple[tuple[str, ...], ...]  # for every term, the names of the parameters that count
-    closed: tuple[Uses, ...]  # for every term, name → the calls that use it (`param_norms.ParameterPlan`)
+    plans: tuple[Plan, ...]  # for every term, what `param_norms.ParameterPlan` holds
     calls: tuple[CallSignature, ...]  # the layer calls of the forward pass, to be met again in the traced one
 
 
@@ -78,7 +80,7 @@ def evaluate_terms(model: nn.Module, x: Any, y: Any, terms: Sequence[tuple[Term,
             found[number] = _scalar_gradients(forward, _scalar(term, criterion, y), sharing)
         f, rows = found[number]
         chosen = {name: parameters[name] for name in known.parameters[index]}
-        norms.append(_group_norms(model, x, y, forward, term, criterion, f, rows, chosen, known.closed[index]))
+        norms.append(_group_norms(model, x, y, forward, term, criterion, f, rows, chosen, known.plans[index]))
     return Evaluation(forward.output, norms)
 
 
@@ -130,7 +132,7 @@ def _group_norms(
     f: Tensor,
     rows: gradients.SampleGradients,
     parameters: Mapping[str, Tensor],
-    closed: Uses,
+    plan: Plan,
 ) -> GroupNorms:
     if isinstance(term, InputTerm):
         sq_norms = _input_sq_norms(model, x, y, forward, term, criterion, f, rows)
@@ -142,8 +144,14 @@ def _group_norms(
     elif term.over == "batch":
         sq_norms = param_norms.batch_param_sq_norm(f, list(parameters.values()))
     else:
-        plan = param_norms.ParameterPlan({name: list(uses) for name, uses in closed}, [])
-        sq_norms = param_norms.closed_param_sq_norm(forward, rows, plan, batch_size, group_size, f.device)
+        uses, mapped = plan
+        closed = param_norms.ParameterPlan({name: list(calls) for name, calls in uses}, [])
+        sq_norms = param_norms.closed_param_sq_norm(forward, rows, closed, batch_size, group_size, f.device)
+        if mapped:
+            chosen = {name: parameters[name] for name in mapped}
+            scalar = _scalar(term, criterion, y)
+            found = param_norms.run_mapped(model, x, scalar, chosen, batch_size, group_size, contextlib.nullcontext)
+            sq_norms = sq_norms + found.sq_norm()
     return GroupNorms(sq_norms, term.group_sizes(batch_size, f))
 
 
@@ -238,7 +246,7 @@ def _check_same_calls(forward: Recording, known: Known, parameters: Mapping[str,
     if same:
         for call, (op, shape) in zip(forward.calls, known.calls, strict=True):
             same = same and call.op == op and _weight_shape(call) == shape
-        for uses in known.closed:
+        for uses, _ in known.plans:
             for name, places in uses:
                 for index, role in places:
                     call = forward.calls[index]
@@ -302,11 +310,10 @@ def _known(
         forward = recording.record_forward(
             model, x, input_grad=any(isinstance(term, InputTerm) for term in terms), calls=with_calls
         )
-        if any(term.method == "finite_difference" for term in terms):
-            _check_nothing_drawn(rng)
-        closed = [
-            _closed_uses(model, forward, term, criterion, y) for term, criterion in zip(terms, criteria, strict=True)
-        ]
+        drawn = not _same_state(rng, RngState.capture())
+        plans = tuple(
+            _plan(model, x, y, forward, term, criterion, drawn) for term, criterion in zip(terms, criteria, strict=True)
+        )
     numbers: dict[Any, int] = {}
     keys = [evaluation.scalar_key(term, criterion) for term, criterion in zip(terms, criteria, strict=True)]
     return tuple(
@@ -316,7 +323,7 @@ def _known(
                 tuple(select_parameters(model, term.parameters)) if isinstance(term, ParamTerm) else ()
                 for term in terms
             ),
-            closed=tuple(closed),
+            plans=plans,
             calls=tuple((call.op, _weight_shape(call)) for call in forward.calls) if with_calls else (),
         )
     )
@@ -333,49 +340,76 @@ def _alive(ids: set[int]) -> dict[int, Any]:
     return found
 
 
-def _check_nothing_drawn(before: RngState) -> None:
-    after = RngState.capture()
-    pairs = zip((before.cpu, *before.cuda), (after.cpu, *after.cuda), strict=False)
-    if len(before.cuda) != len(after.cuda) or not all(torch.equal(a, b) for a, b in pairs):
+def _same_state(before: RngState, after: RngState) -> bool:
+    """Whether no random number was drawn in between."""
+    if len(before.cuda) != len(after.cuda):  # the first use of the device
+        return False
+    return all(torch.equal(a, b) for a, b in zip((before.cpu, *before.cuda), (after.cpu, *after.cuda), strict=True))
+
+
+def _check_nothing_drawn(drawn: bool, reason: str) -> None:
+    """A graph cannot put the generators back for a second forward pass."""
+    if drawn:
         raise RuntimeError(
-            'method="finite_difference" runs the model a second time, which has to draw the same random numbers (dropout '
-            'masks) again, and within torch.compile they cannot be drawn again: use method="exact", put dropout into eval '
-            "mode, or call the objective without torch.compile"
+            f"the model draws random numbers (dropout masks), and {reason}: that takes a second forward pass with the same "
+            "ones, which is not possible within torch.compile. Put dropout into eval mode, or call the objective without "
+            "torch.compile"
         )
 
 
-def _closed_uses(model: nn.Module, forward: Recording, term: Term, criterion: Criterion, y: Any) -> Uses:
-    """The checks of one term; for parameters, the calls from which their gradients are had."""
+def _plan(model: nn.Module, x: Any, y: Any, forward: Recording, term: Term, criterion: Criterion, drawn: bool) -> Plan:
+    """The checks of one term; for parameters, how their gradients are had."""
+    if term.method == "finite_difference":
+        _check_nothing_drawn(drawn, 'method="finite_difference" displaces its input or parameters')
     if isinstance(term, InputTerm) and term.of == "output":
         output = evaluation.check_output(forward)
         _checked_mixed_calls(
             model, evaluation.generic_combination(output), evaluation.generic_combination, forward, deltas=False
         )
-        return ()
+        return NO_PLAN
     scalar = term.scalar(criterion, y)
     f = scalar(forward.output)
     if isinstance(term, InputTerm):
         _checks.check_input_rows(forward.inputs, f.shape[0])
         _checked_mixed_calls(model, f, scalar, forward, deltas=False)
-        return ()
+        return NO_PLAN
     gradients.check_differentiable(f)
     batch_size = f.shape[0]
+    group_size = term.group_size(batch_size)
     if not evaluation.needs_deltas(term):
-        if term.group_size(batch_size) < batch_size:
+        if group_size < batch_size:
             raise RuntimeError(
                 f'method="finite_difference" with over={term.over!r} runs the model for every group of samples by itself, '
                 'which gradpen does not do within torch.compile: use method="exact", over="batch", or no torch.compile'
             )
-        return ()
+        return NO_PLAN
     mixed = _checked_mixed_calls(model, f, scalar, forward, deltas=True)
-    plan = param_norms.plan_parameters(forward, f, select_parameters(model, term.parameters), mixed, batch_size)
+    parameters = select_parameters(model, term.parameters)
+    plan = param_norms.plan_parameters(forward, f, parameters, mixed, batch_size)
     if plan.mapped:
+        _check_nothing_drawn(drawn, f"{', '.join(plan.mapped)} have no closed form for single samples")
+        _check_mapped(model, x, f, scalar, {name: parameters[name] for name in plan.mapped}, group_size)
+    return tuple((name, tuple(uses)) for name, uses in plan.closed.items()), tuple(plan.mapped)
+
+
+def _check_mapped(
+    model: nn.Module,
+    x: Any,
+    f: Tensor,
+    scalar: Callable[[Any], Tensor],
+    parameters: Mapping[str, Tensor],
+    group_size: int,
+) -> None:
+    """Parameters without a closed form go through torch.func.vmap, here as in eager mode, or not at all."""
+    try:
+        mapped = param_norms.run_mapped(model, x, scalar, parameters, f.shape[0], group_size, contextlib.nullcontext)
+    except RuntimeError as error:
         raise RuntimeError(
-            f"the gradients of {', '.join(plan.mapped)} have no closed form for single samples, so the model is run for "
-            "every sample, which gradpen does not do within torch.compile: leave these parameters out with "
-            'parameters=…, use over="batch", or call the objective without torch.compile'
-        )
-    return tuple((name, tuple(uses)) for name, uses in plan.closed.items())
+            f"the gradients of {', '.join(parameters)} have no closed form for single samples, and torch.func.vmap cannot "
+            f'run the model: {str(error).splitlines()[0]}. Leave them out with parameters=…, use over="batch", or call the '
+            "objective without torch.compile"
+        ) from error
+    param_norms.check_same_values(f, mapped.f, list(parameters))
 
 
 def _checked_mixed_calls(
