@@ -54,7 +54,7 @@ def sample_gradients(
     return SampleGradients(
         [
             torch.zeros_like(tensor) if gradient is None else gradient
-            for tensor, gradient in zip(recording.inputs, input_gradients, strict=False)
+            for tensor, gradient in zip(recording.inputs[:input_count], input_gradients, strict=True)
         ],
         {index: delta for index, delta in enumerate(gradients[input_count:]) if delta is not None},
     )

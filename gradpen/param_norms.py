@@ -199,7 +199,8 @@ def _rows(call: Call, start: int, stop: int) -> Call:
     if start == 0 and stop == call.input.shape[0]:
         return call
     input = call.checked_input()[start:stop]
-    return call._replace(input=input, input_version=None if call.input_version is None else input._version)
+    version = None if call.input_version is None else input._version
+    return Call(call.op, input, call.weight, call.bias, call.options, call.output, call.output_shape, version)
 
 
 def _uses_by_parameter(calls: Sequence[Call], walk: GraphWalk) -> dict[int, list[tuple[int, str]]]:

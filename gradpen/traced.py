@@ -93,8 +93,9 @@ def advance(penalty: Any, training: bool) -> float | None:
         RuntimeError: if this torch cannot be told so.
     """
     if not hasattr(torch._dynamo, "patch_dynamo_config"):
-        raise RuntimeError(
-            f"gradpen's penalties can be compiled from torch 2.8 on, got {torch.__version__}: call them eagerly"
+        _refuse(
+            f"gradient penalties can be compiled from torch 2.8 on, got {torch.__version__}: call the objective without "
+            "torch.compile"
         )
     with torch._dynamo.patch_dynamo_config(allow_unspec_int_on_nn_module=True):
         return penalty.advance_by_one(training)
@@ -252,7 +253,7 @@ def _check_same_calls(forward: Recording, known: Known, parameters: Mapping[str,
                     call = forward.calls[index]
                     same = same and (call.weight if role == "weight" else call.bias) is parameters[name]
     if not same:
-        raise RuntimeError(
+        _refuse(
             "expected the model to call the same layers while torch.compile traces it as it does in eager mode, but it does "
             "not, so which parameters have a closed form is not known: does it ask torch.compiler.is_compiling()? Call the "
             "objective without torch.compile"
@@ -261,6 +262,12 @@ def _check_same_calls(forward: Recording, known: Known, parameters: Mapping[str,
 
 def _weight_shape(call: Call) -> tuple[int, ...] | None:
     return None if call.weight is None else tuple(call.weight.shape)
+
+
+@torch.compiler.assume_constant_result
+def _refuse(message: str) -> None:
+    """Raise while tracing: of what traced code raises, not every torch shows the message."""
+    raise RuntimeError(message)
 
 
 # ---- what eager mode knows ------------------------------------------------------------------------------------------
