@@ -268,6 +268,11 @@ class PenalizedLoss(nn.Module):
 
     Penalties of the same f share one backward graph.
 
+    ``torch.compile(objective, fullgraph=True)`` works from torch 2.8 on; the model is an ordinary module. At each
+    compilation the model is run once in eager mode on the batch at hand, to find out which parameters have a closed form
+    and that row i of each layer belongs to sample i; that later batches of these shapes are laid out alike is assumed, as
+    in eager mode.
+
     Args:
         criterion: the data loss: a function or module with a ``reduction`` argument, or a callable that returns one
             value per sample (its mean is then the data loss).

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import re
 import shutil
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import cases
@@ -17,6 +20,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from gradpen import InputGradPenalty, ParamGradPenalty, PenalizedLoss
 from gradpen.penalties import GradPenalty, PenalizedOutput
 
+DOCUMENT = Path(__file__).parent.parent / "docs" / "compile.md"
 BATCH = 11  # no width and no number of tokens or pixels in the cases: such a batch is refused
 STEPS_CAN_BE_VARIABLES = hasattr(torch._dynamo, "patch_dynamo_config")
 needs_compilable_torch = pytest.mark.skipif(not STEPS_CAN_BE_VARIABLES, reason="torch >= 2.8 compiles penalties")
@@ -274,6 +278,18 @@ def test_what_eager_mode_has_seen_is_known():
     objective(model, x, y)
     model[2].weight.data = zero
     assert_same_step(objective, model, x, y)
+
+
+# ---- the documentation ----------------------------------------------------------------------------------------------
+
+
+@needs_compilable_torch
+def test_the_blocks_of_the_documentation_run(monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # inductor takes a minute
+    namespace: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), flags=re.DOTALL):
+        exec(compile(block, str(DOCUMENT), "exec"), namespace)
+    assert namespace["objective"].penalties[0].num_calls == 16
 
 
 # ---- the real compiler ----------------------------------------------------------------------------------------------
