@@ -1,12 +1,11 @@
 # From a bare machine with python3 and make: everything is installed into .venv, once.
 #
-#   make mnist ARGS="--penalty both --epochs 5"     flags of a recipe, passed on
+#   make mnist ARGS="--penalty both --epochs 5"     flags of the recipe, instead of --penalty param
 #   make test PYTEST_ARGS="-k spectral -x"          arguments of pytest, passed on
 #   make test PYTHON=python3.12                     another interpreter, for a .venv that is not there yet
 
 PYTHON ?= python3
 VENV ?= .venv
-ARGS ?=
 PYTEST_ARGS ?= -n 2
 
 BIN := $(VENV)/bin
@@ -22,7 +21,8 @@ help:  ## this list
 
 setup: $(SETUP)  ## install gradpen and what it needs into .venv (about two minutes, once)
 
-mnist: $(SETUP)  ## train the MNIST recipe; its flags in ARGS="..."
+mnist: ARGS ?= --penalty param
+mnist: $(SETUP)  ## train an MLP on MNIST under the parameter penalty; other flags in ARGS="..."
 	$(BIN)/python recipes/mnist.py $(ARGS)
 
 test: lint  ## lint, types and tests, as CI does

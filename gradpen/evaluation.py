@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from operator import itemgetter
@@ -284,7 +284,8 @@ def _finite_difference_norms(
 
 def scalar_key(term: Term, criterion: Criterion) -> Any:
     """Equal for terms of the same f."""
-    return term.of if isinstance(term, InputTerm) and term.of != "loss" else criterion
+    source = term.of if isinstance(term, InputTerm) and term.of != "loss" else criterion.source
+    return source if isinstance(source, Hashable) else id(source)  # a criterion may be a dataclass
 
 
 def needs_deltas(term: Term) -> bool:

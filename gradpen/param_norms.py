@@ -9,14 +9,15 @@ from __future__ import annotations
 import contextlib
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from gradpen import closed_form, mixing
-from gradpen._graph import GraphWalk, differentiate, walk_graph
+from gradpen._graph import GraphWalk, differentiate, reached_around, walk_graph
 from gradpen._numerics import full_precision, rounding_tolerance, row_sq_norm, sum_tensors, total_sq_norm
 from gradpen.gradients import SampleGradients, check_differentiable
 from gradpen.mixing import find_mixed_calls
@@ -50,8 +51,12 @@ def plan_parameters(
         parameters: name → parameter.
         mixed_calls: calls whose rows are not one sample each (`find_mixed_calls`).
         batch_size: B.
+
+    Raises:
+        RuntimeError: if a reentrant checkpoint hides parameters.
     """
     walk = walk_graph(root)
+    _check_nothing_hidden(walk)
     uses = _uses_by_parameter(recording.calls, walk)
     plan = ParameterPlan({}, [])
     for name, parameter in parameters.items():
@@ -102,7 +107,7 @@ def param_sq_norm(
         create_graph: keep the result differentiable.
 
     Raises:
-        RuntimeError: if samples are mixed, or the model draws random numbers that cannot be drawn again.
+        RuntimeError: if samples are mixed.
     """
     batch_size = f.shape[0]
     mixed = find_mixed_calls(model, f, scalar, recording, gradients)
@@ -142,9 +147,20 @@ def closed_loss_sq_norm(
 def batch_param_sq_norm(f: Tensor, parameters: Sequence[Tensor], *, create_graph: bool = True) -> Tensor:
     """‖∇_θ mean_i f_i‖²: shape (1,)."""
     check_differentiable(f)
+    if not torch.compiler.is_compiling():
+        _check_nothing_hidden(walk_graph(f))
     gradients = differentiate(f.mean(), list(parameters), create_graph=create_graph)
     found = [gradient for gradient in gradients if gradient is not None]
     return total_sq_norm(found).reshape(1) if found else f.new_zeros(1)
+
+
+def _check_nothing_hidden(walk: GraphWalk) -> None:
+    """What a reentrant checkpoint holds is no part of the graph: its gradients would count as 0."""
+    if any(type(node).__name__ == "CheckpointFunctionBackward" for node in walk.nodes):
+        raise RuntimeError(
+            "expected parameters that torch.autograd.grad can reach, but torch.utils.checkpoint.checkpoint(…, "
+            "use_reentrant=True) hides those that it was called on: pass use_reentrant=False"
+        )
 
 
 def closed_param_sq_norm(
@@ -226,19 +242,25 @@ def _mapped_sq_norm(
     settled: bool,
 ) -> Tensor:
     """‖∇ mean_{i ∈ group} f_i‖² of parameters without a closed form, by torch.func.vmap or else in a loop: (groups,)."""
+    batch_size = f.shape[0]
+    check_rows(x, batch_size)
+    key = (model.training, tuple(parameters), group_size, tuple(_shapes(x)), mixing.code_of(scalar))
     try:
-        mapped = run_mapped(model, x, scalar, parameters, f.shape[0], group_size, rng.replayed)
-    except RuntimeError as error:
+        with _inference_kernels_off():
+            mapped = run_mapped(model, x, scalar, parameters, batch_size, group_size, rng.replayed)
+    except (RuntimeError, ValueError) as error:  # ValueError: outputs of a type that vmap does not know
+        obstacle = f"torch.func.vmap cannot run the model: {_first_line(error)}"
+    else:
+        known = settled and key in _same_values.get(model, ())
+        obstacle = find_obstacle(f, mapped, parameters, same_values=known)
+    if obstacle:
+        check_rows_apart(model, x, batch_size, scalar, list(parameters), rng)
         warnings.warn(
-            f"the gradients of {', '.join(parameters)} are computed one sample at a time, which is slow, because "
-            f"torch.func.vmap cannot run the model: {str(error).splitlines()[0]}",
+            f"the gradients of {', '.join(parameters)} are computed one sample at a time, which is slow, because {obstacle}",
             stacklevel=2,
         )
         return _looped_sq_norm(f, list(parameters.values()), group_size, create_graph)
-    key = (model.training, tuple(parameters), group_size, tuple(_shapes(x)), mixing.code_of(scalar))
-    if not (settled and key in _same_values.get(model, ())):
-        check_same_values(f, mapped.f, list(parameters))
-        _same_values.setdefault(model, set()).add(key)
+    _same_values.setdefault(model, set()).add(key)
     return mapped.sq_norm(create_graph)
 
 
@@ -274,14 +296,8 @@ def run_mapped(
     """Run the model sample by sample, all at once, within a context in which the same random numbers are drawn again.
 
     Raises:
-        ValueError: if an input has no row for every sample.
-        RuntimeError: if torch.func.vmap cannot run the model.
+        RuntimeError, ValueError: if torch.func.vmap cannot run the model.
     """
-    shapes = _shapes(x)
-    if any(shape[:1] != (batch_size,) for shape in shapes):
-        raise ValueError(
-            f"expected dimension 0 of every input tensor to count the {batch_size} samples, got shapes {shapes}"
-        )
     groups = -(-batch_size // group_size)
     copies = {name: parameter.expand(groups, *parameter.shape) for name, parameter in parameters.items()}
     by_sample = copies
@@ -290,7 +306,7 @@ def run_mapped(
 
     def one_sample(copied: dict[str, Tensor], sample: Any) -> Any:
         output = call_with(model, copied, map_tensors(sample, lambda tensor: tensor.unsqueeze(0)))
-        return map_tensors(output, lambda tensor: tensor.squeeze(0))
+        return tree_map_only(Tensor, lambda tensor: tensor.squeeze(0), output)
 
     in_dims = (0, map_leaves(x, lambda leaf: 0 if isinstance(leaf, Tensor) else None))
     with replay():
@@ -298,8 +314,73 @@ def run_mapped(
     return Mapped(scalar(output), list(copies.values()), group_size)
 
 
+def check_rows(x: Any, batch_size: int) -> None:
+    """A model can be run sample by sample if every input tensor has a row for each.
+
+    Raises:
+        ValueError: if one has not.
+    """
+    if any(shape[:1] != (batch_size,) for shape in _shapes(x)):
+        raise ValueError(
+            f"expected dimension 0 of every input tensor to count the {batch_size} samples, got shapes {_shapes(x)}"
+        )
+
+
 def _shapes(x: Any) -> list[tuple[int, ...]]:
     return [tuple(tensor.shape) for tensor in tensors_of(x)]
+
+
+def find_obstacle(f: Tensor, mapped: Mapped, parameters: Mapping[str, Tensor], *, same_values: bool) -> str:
+    """Why the forward pass by samples is not that of the batch; "" if it is; `same_values`: f is known to agree."""
+    around = reached_around(mapped.f, parameters, mapped.copies)
+    if around:
+        return f"the criterion, or what is no part of the model, uses {', '.join(around)}"
+    tolerance = rounding_tolerance(f)
+    if not same_values and not torch.allclose(
+        f.detach(), mapped.f.detach(), rtol=tolerance, atol=tolerance, equal_nan=True
+    ):
+        return "the model draws random numbers (a dropout mask, say) that are others when it runs sample by sample"
+    return ""
+
+
+def check_rows_apart(
+    model: nn.Module, x: Any, batch_size: int, scalar: ScalarFn, names: Sequence[str], rng: RngState
+) -> None:
+    """Replace every other sample by its neighbour: the f_i of those that stay must stay."""
+    odd = torch.arange(batch_size) % 2 == 1
+
+    def f_with_neighbours_at(replaced: Tensor) -> Tensor:
+        rows = torch.arange(batch_size) - replaced.long()
+        with rng.replayed():
+            return scalar(call_with(model, {}, map_tensors(x, lambda tensor: tensor[rows.to(tensor.device)]))).detach()
+
+    expected = f_with_neighbours_at(torch.zeros_like(odd))
+    tolerance = rounding_tolerance(expected)
+    for replaced in (odd, ~odd):
+        kept = (~replaced).to(expected.device)
+        came = f_with_neighbours_at(replaced)
+        if not torch.allclose(came[kept], expected[kept], rtol=tolerance, atol=tolerance, equal_nan=True):
+            raise RuntimeError(
+                "expected f_i to depend on sample i alone, but it changes with other samples: the model mixes the samples "
+                "of a batch (dimension 0), or its random numbers depend on them, so the gradients of "
+                f"{', '.join(names)} for single samples are not defined: exclude these parameters with parameters=…, or "
+                'use over="batch"'
+            )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+@contextlib.contextmanager
+def _inference_kernels_off() -> Iterator[None]:
+    """Under vmap nothing seems to require grad, and transformer layers in eval mode take kernels without derivatives."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def _looped_sq_norm(f: Tensor, parameters: Sequence[Tensor], group_size: int, create_graph: bool) -> Tensor:
@@ -315,15 +396,3 @@ def _looped_sq_norm(f: Tensor, parameters: Sequence[Tensor], group_size: int, cr
         )
         norms.append(total_sq_norm([gradient for gradient in gradients if gradient is not None]))
     return torch.stack(norms)
-
-
-def check_same_values(f: Tensor, mapped_f: Tensor, names: list[str]) -> None:
-    """The second forward pass must have been the first one, dropout masks and all."""
-    tolerance = rounding_tolerance(f)
-    if not torch.allclose(f.detach(), mapped_f.detach(), rtol=tolerance, atol=tolerance, equal_nan=True):
-        raise RuntimeError(
-            f"the gradients of {', '.join(names)} have no closed form, and the forward pass that finds them sample "
-            "by sample gave other values than the batch did: either the model mixes the samples of a batch "
-            "(dimension 0), or it draws random numbers that cannot be drawn again sample by sample. Exclude these "
-            'parameters with parameters=…, or use over="batch"'
-        )

@@ -389,6 +389,7 @@ def _plan(model: nn.Module, x: Any, y: Any, forward: Recording, term: Term, crit
                 f'method="finite_difference" with over={term.over!r} runs the model for every group of samples by itself, '
                 'which gradpen does not do within torch.compile: use method="exact", over="batch", or no torch.compile'
             )
+        _check_whole_batch(model, x, f, scalar, term)
         return NO_PLAN
     mixed = _checked_mixed_calls(model, f, scalar, forward, deltas=True)
     parameters = select_parameters(model, term.parameters)
@@ -397,6 +398,17 @@ def _plan(model: nn.Module, x: Any, y: Any, forward: Recording, term: Term, crit
         _check_nothing_drawn(drawn, f"{', '.join(plan.mapped)} have no closed form for single samples")
         _check_mapped(model, x, f, scalar, {name: parameters[name] for name in plan.mapped}, group_size)
     return tuple((name, tuple(uses)) for name, uses in plan.closed.items()), tuple(plan.mapped)
+
+
+def _check_whole_batch(model: nn.Module, x: Any, f: Tensor, scalar: Callable[[Any], Tensor], term: ParamTerm) -> None:
+    """Errors of eager mode for gradients of the whole batch."""
+    parameters = select_parameters(model, term.parameters)
+    if term.method == "exact":
+        param_norms.batch_param_sq_norm(f, list(parameters.values()), create_graph=False)
+        return
+    finite_difference.param_norm(
+        model, x, f.mean(), scalar, parameters, scheme=term.scheme, step=term.step, replay=contextlib.nullcontext
+    )
 
 
 def _check_mapped(
@@ -408,15 +420,20 @@ def _check_mapped(
     group_size: int,
 ) -> None:
     """Parameters without a closed form go through torch.func.vmap, here as in eager mode, or not at all."""
+    param_norms.check_rows(x, f.shape[0])
     try:
         mapped = param_norms.run_mapped(model, x, scalar, parameters, f.shape[0], group_size, contextlib.nullcontext)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
+        obstacle = f"torch.func.vmap cannot run the model: {error}".partition("\n")[0]
+    else:
+        obstacle = param_norms.find_obstacle(f, mapped, parameters, same_values=False)
+    if obstacle:
+        param_norms.check_rows_apart(model, x, f.shape[0], scalar, list(parameters), RngState.capture())
         raise RuntimeError(
-            f"the gradients of {', '.join(parameters)} have no closed form for single samples, and torch.func.vmap cannot "
-            f'run the model: {str(error).splitlines()[0]}. Leave them out with parameters=…, use over="batch", or call the '
-            "objective without torch.compile"
-        ) from error
-    param_norms.check_same_values(f, mapped.f, list(parameters))
+            f"the gradients of {', '.join(parameters)} have no closed form for single samples, and within torch.compile "
+            f'they cannot be had otherwise, because {obstacle}. Leave them out with parameters=…, use over="batch", or '
+            "call the objective without torch.compile"
+        )
 
 
 def _checked_mixed_calls(
