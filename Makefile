@@ -14,7 +14,7 @@ SETUP := $(VENV)/.setup
 BENCH_SETUP := $(VENV)/.bench
 
 .DEFAULT_GOAL := help
-.PHONY: help setup mnist test lint format docs bench bench-quick clean
+.PHONY: help setup mnist test thorough lint format docs bench bench-quick clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /:/' | awk -F: '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -27,6 +27,9 @@ mnist: $(SETUP)  ## train an MLP on MNIST under the parameter penalty; other fla
 
 test: lint  ## lint, types and tests, as CI does
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+thorough: $(SETUP)  ## the properties on new random networks, 1,000 for the inequality in each precision, with statistics
+	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest tests/test_properties.py --hypothesis-show-statistics
 
 lint: $(SETUP)  ## style, docstrings, formatting, types
 	$(BIN)/ruff check .

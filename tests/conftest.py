@@ -12,6 +12,8 @@ from hypothesis import HealthCheck, settings
 torch.set_num_threads(1)
 
 settings.register_profile("gradpen", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+# HYPOTHESIS_PROFILE=thorough (`make thorough`): other networks on every run instead of the same ones
+settings.register_profile("thorough", settings.get_profile("gradpen"), derandomize=False, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "gradpen"))
 
 
