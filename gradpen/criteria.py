@@ -55,14 +55,12 @@ _SUMMED = ("sum", "batchmean")  # both add up the entries of a sample; "batchmea
 
 
 def _unreduced(module: nn.Module, output: Any, target: Any) -> Tensor:
-    """What a criterion returns with ``reduction="none"``."""
+    """What a criterion returns with ``reduction="none"``; set and put back under torch.compile, which traces no copies."""
     if not torch.compiler.is_compiling():
         unreduced = copy.copy(module)  # shares parameters and buffers, leaves the user's module alone
         setattr(unreduced, "reduction", "none")  # modules declare no attributes
         return cast(Tensor, unreduced(output, target))
-    reduction = getattr(
-        module, "reduction"
-    )  # torch.compile traces no copies; what is set and put back leaves no trace either
+    reduction = getattr(module, "reduction")
     setattr(module, "reduction", "none")
     try:
         return cast(Tensor, module(output, target))

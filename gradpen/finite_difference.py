@@ -91,9 +91,7 @@ def param_norm(
     Raises:
         RuntimeError: if L depends on a parameter that the model's forward pass is not alone to use.
     """
-    if (
-        torch.compiler.is_compiling()
-    ):  # the graph cannot be walked there, and the compiler sees that nothing is used twice
+    if torch.compiler.is_compiling():  # there is no graph to walk
         replayed, gradients = loss, differentiate(loss, list(parameters.values()))
         found = {name: g for name, g in zip(parameters, gradients, strict=True) if g is not None}
     else:

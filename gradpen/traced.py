@@ -49,8 +49,8 @@ def evaluate_terms(model: nn.Module, x: Any, y: Any, terms: Sequence[tuple[Term,
     """`evaluation.evaluate_terms` for the tracer of `torch.compile`.
 
     Raises:
-        RuntimeError: as `evaluation.evaluate_terms`, and for what only eager mode can do: parameters without a closed form,
-            batches whose layout has to be verified anew every time, random numbers that a second forward pass draws again.
+        RuntimeError: as `evaluation.evaluate_terms`, and for what only eager mode can do: batches whose layout has to be
+            verified every time, random numbers that a second forward pass draws again, a loop over the samples.
     """
     tensors: list[Tensor] = []
     layouts = _pack(x, tensors), _pack(y, tensors)
@@ -369,6 +369,11 @@ def _plan(model: nn.Module, x: Any, y: Any, forward: Recording, term: Term, crit
     if term.method == "finite_difference":
         _check_nothing_drawn(drawn, 'method="finite_difference" displaces its input or parameters')
     if isinstance(term, InputTerm) and term.of == "output":
+        if term.generator is not None:
+            raise RuntimeError(
+                "expected no generator within torch.compile, which cannot draw from one: leave it out and seed torch, or "
+                "call the objective without torch.compile"
+            )
         output = evaluation.check_output(forward)
         _checked_mixed_calls(
             model, evaluation.generic_combination(output), evaluation.generic_combination, forward, deltas=False

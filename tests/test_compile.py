@@ -270,6 +270,13 @@ def test_as_many_positions_as_samples_are_refused():
 
 
 @needs_compilable_torch
+def test_a_generator_is_refused():
+    penalty = InputGradPenalty(of="output", method="projection", generator=torch.Generator())
+    with pytest.raises(RuntimeError, match="expected no generator"):
+        compiled(penalty)(small_mlp(), *batch_of())
+
+
+@needs_compilable_torch
 def test_what_eager_mode_has_seen_is_known():
     model, (x, y) = zero_head().double(), batch_of()
     objective = PenalizedLoss(F.cross_entropy, ParamGradPenalty(0.1))

@@ -74,6 +74,15 @@ def without_values(model: nn.Module) -> Iterator[FakeTensorMode]:
             table[name] = tensor
 
 
+@contextmanager
+def waiting_is_an_error() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def fake(mode: FakeTensorMode, x: Any) -> Any:
     return map_tensors(x, mode.from_tensor)
 
@@ -101,11 +110,8 @@ def test_a_known_model_does_not_synchronise(penalties, name):
     model, x, y = model.cuda(), map_tensors(x, torch.Tensor.cuda), y.cuda()
     objective = PenalizedLoss(criterion, *PENALTIES[penalties]())
     get_to_know(objective, model, x, y)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         step(objective, model, x, y)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu
@@ -116,8 +122,5 @@ def test_a_compiled_step_does_not_synchronise():
     objective = torch.compile(PenalizedLoss(criterion, InputGradPenalty(0.1), ParamGradPenalty(0.1)), fullgraph=True)
     for _ in range(3):  # the counter of steps becomes a variable of the graph on the second
         get_to_know(objective, model, x, y)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         step(objective, model, x, y)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
