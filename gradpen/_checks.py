@@ -17,7 +17,7 @@ def check_weight(weight: float | Callable[[int], float]) -> None:
         return
     if isinstance(weight, bool) or not isinstance(weight, (int, float)):
         raise TypeError(f"weight must be a number >= 0 or a callable of the step, got {weight!r}")
-    if math.isnan(weight) or weight < 0 or math.isinf(weight):
+    if not 0 <= weight < math.inf:  # false for NaN too, and torch.compile can trace it, unlike math.isnan
         raise ValueError(f"weight must be a finite number >= 0, got {weight}")
 
 

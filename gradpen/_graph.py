@@ -1,4 +1,4 @@
-"""Walks over the autograd graph that lies under a tensor."""
+"""Gradients, and walks over the autograd graph that lies under a tensor."""
 
 from __future__ import annotations
 
@@ -7,8 +7,13 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+# Before torch 2.7 an edge does not own the node of a Python autograd.Function: where the model drops the output, using the
+# edge is a segmentation fault
+EDGES_KEEP_PYTHON_NODES = "ownership_token" in GradientEdge._fields
 
 
 class GraphWalk(NamedTuple):
@@ -17,6 +22,29 @@ class GraphWalk(NamedTuple):
     nodes: set[Any]
     leaves: dict[int, Tensor]
     leaf_edges: Counter[int]  # id(leaf) → how many places in the graph use it
+
+
+def differentiate(
+    outputs: Tensor,
+    inputs: Sequence[Tensor] | Sequence[GradientEdge],
+    cotangents: Tensor | None = None,
+    *,
+    create_graph: bool = False,
+    batched: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """`torch.autograd.grad` that keeps the graph and says None for what `outputs` does not depend on.
+
+    All derivatives that stay in a computation are taken here: a compiled graph has it as one node (`traced`).
+    """
+    return torch.autograd.grad(
+        outputs,
+        inputs,
+        cotangents,
+        create_graph=create_graph,
+        retain_graph=True,
+        allow_unused=True,
+        is_grads_batched=batched,
+    )
 
 
 def edge_of(tensor: Tensor) -> GradientEdge:

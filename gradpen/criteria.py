@@ -6,8 +6,9 @@ import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from gradpen import _checks
@@ -38,9 +39,7 @@ class Criterion:
             return scalar_per_sample(self.source, output, target)
         _checks.check_batch_sizes(output, target)
         if isinstance(self.source, nn.Module):
-            unreduced = copy.copy(self.source)  # shares parameters and buffers, leaves the user's module alone
-            setattr(unreduced, "reduction", "none")  # modules declare no attributes
-            values = unreduced(output, target)
+            values = _unreduced(self.source, output, target)
         else:
             values = self.source(output, target, reduction="none")
         if values.dim() == 0 or (isinstance(output, Tensor) and values.shape[0] != output.shape[0]):
@@ -53,6 +52,20 @@ class Criterion:
 
 
 _SUMMED = ("sum", "batchmean")  # both add up the entries of a sample; "batchmean" then averages over the samples
+
+
+def _unreduced(module: nn.Module, output: Any, target: Any) -> Tensor:
+    """What a criterion returns with ``reduction="none"``; set and put back under torch.compile, which traces no copies."""
+    if not torch.compiler.is_compiling():
+        unreduced = copy.copy(module)  # shares parameters and buffers, leaves the user's module alone
+        setattr(unreduced, "reduction", "none")  # modules declare no attributes
+        return cast(Tensor, unreduced(output, target))
+    reduction = getattr(module, "reduction")
+    setattr(module, "reduction", "none")
+    try:
+        return cast(Tensor, module(output, target))
+    finally:
+        setattr(module, "reduction", reduction)
 
 
 @dataclass(frozen=True)

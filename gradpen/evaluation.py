@@ -77,24 +77,24 @@ def evaluate_terms(model: nn.Module, x: Any, y: Any, terms: Sequence[tuple[Term,
         TypeError, ValueError, RuntimeError: as `gradpen.functional` says.
     """
     kinds = [term for term, _ in terms]
-    _check_call(model, kinds)
+    check_call(model, kinds)
     rng = RngState.capture()
     recording = record_forward(
         model,
         x,
         input_grad=any(isinstance(term, InputTerm) for term in kinds),
-        calls=any(_needs_deltas(term) for term in kinds),
+        calls=any(needs_deltas(term) for term in kinds),
     )
     forward = _Pass(model, x, recording, rng)
     scalars: dict[Any, _ScalarGradients] = {}
     for term, criterion in terms:
         new = _ScalarGradients(term.scalar(criterion, y), recording)
-        scalar = scalars.setdefault(_scalar_key(term, criterion), new)
+        scalar = scalars.setdefault(scalar_key(term, criterion), new)
         scalar.inputs |= isinstance(term, InputTerm) and term.method == "exact"
-        scalar.deltas |= _needs_deltas(term)
+        scalar.deltas |= needs_deltas(term)
     norms = []
     for term, criterion in terms:
-        scalar = scalars[_scalar_key(term, criterion)]
+        scalar = scalars[scalar_key(term, criterion)]
         if isinstance(term, InputTerm):
             norms.append(_input_norms(forward, scalar, term))
         else:
@@ -130,7 +130,7 @@ def evaluate_loss_terms(
         ValueError: if a term needs a forward pass of its own.
         RuntimeError: as `gradpen.functional` says.
     """
-    _check_call(model, terms)
+    check_call(model, terms)
     _checks.check_input_rows(recording.inputs, batch_size)
     total = loss * batch_size if reduction == "mean" else loss
     needed = [term for term in terms if isinstance(term, ParamTerm) or term.of == "loss"]
@@ -140,7 +140,7 @@ def evaluate_loss_terms(
             total,
             recording,
             inputs=any(isinstance(term, InputTerm) for term in needed),
-            deltas=any(_needs_deltas(term) for term in needed),
+            deltas=any(needs_deltas(term) for term in needed),
         )
     mixed = _mixed_by_output(model, total, recording, found, batch_size)
     norms = []
@@ -218,13 +218,22 @@ def _input_norms(forward: _Pass, scalar: _ScalarGradients, term: InputTerm) -> G
             recording.inputs,
             scheme=term.scheme,
             step=term.step,
-            rng=forward.rng,
+            replay=forward.rng.replayed,
         ).square()
     return GroupNorms(sq_norms, torch.ones_like(sq_norms))
 
 
 def _jacobian_sq_norm(model: nn.Module, recording: Recording, term: InputTerm) -> Tensor:
     """‖J_i‖_F² over all outputs of sample i: (B,)."""
+    output = check_output(recording)
+    mixing.check_inputs_unmixed(model, generic_combination(output), generic_combination, recording)
+    if term.method == "exact":
+        return gradients.jacobian_sq_norm(output, recording)
+    return gradients.projected_jacobian_sq_norm(output, recording, term.num_projections, term.generator)
+
+
+def check_output(recording: Recording) -> Tensor:
+    """The model's output as a tensor with one row for every row of the inputs."""
     output = recording.output
     if not isinstance(output, Tensor) or output.dim() == 0:
         raise TypeError(
@@ -232,13 +241,10 @@ def _jacobian_sq_norm(model: nn.Module, recording: Recording, term: InputTerm) -
             "(output, target) → (B,) as of=…"
         )
     _checks.check_input_rows(recording.inputs, output.shape[0])
-    mixing.check_inputs_unmixed(model, _generic_combination(output), _generic_combination, recording)
-    if term.method == "exact":
-        return gradients.jacobian_sq_norm(output, recording)
-    return gradients.projected_jacobian_sq_norm(output, recording, term.num_projections, term.generator)
+    return output
 
 
-def _generic_combination(output: Tensor) -> Tensor:
+def generic_combination(output: Tensor) -> Tensor:
     """One scalar a sample in which no output cancels another: Σ_k cos(k) F_ik, (B,)."""
     rows = output.reshape(output.shape[0], -1)
     return rows @ torch.arange(1, rows.shape[1] + 1, device=rows.device, dtype=rows.dtype).cos()
@@ -289,23 +295,25 @@ def _finite_difference_norms(
             groups.append((x_rows, function(call_with(model, {}, x_rows)), function, rng))
     norms = [
         finite_difference.param_norm(
-            model, x, f.mean(), function, parameters, scheme=term.scheme, step=term.step, rng=rng
+            model, x, f.mean(), function, parameters, scheme=term.scheme, step=term.step, replay=rng.replayed
         )
         for x, f, function, rng in groups
     ]
     return torch.stack(norms)
 
 
-def _scalar_key(term: Term, criterion: Criterion) -> Any:
+def scalar_key(term: Term, criterion: Criterion) -> Any:
+    """Equal for terms of the same f."""
     source = term.of if isinstance(term, InputTerm) and term.of != "loss" else criterion.source
     return source if isinstance(source, Hashable) else id(source)  # a criterion may be a dataclass
 
 
-def _needs_deltas(term: Term) -> bool:
+def needs_deltas(term: Term) -> bool:
+    """Whether the term is computed from the layers' output gradients."""
     return isinstance(term, ParamTerm) and term.method == "exact" and term.over != "batch"
 
 
-def _check_call(model: nn.Module, terms: Sequence[Term]) -> None:
+def check_call(model: nn.Module, terms: Sequence[Term]) -> None:
     """Refuse what cannot be right before any forward pass."""
     _checks.check_model(model)
     _checks.check_grad_enabled()

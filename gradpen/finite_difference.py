@@ -11,19 +11,21 @@ the difference quotient does not converge to the exact penalty's gradient: it is
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gradpen._graph import reached_around, walk_graph
+from gradpen._graph import differentiate, reached_around, walk_graph
 from gradpen._numerics import divide_or_zero, row_sq_norm, total_sq_norm
-from gradpen.recording import RngState, call_with, float_tensors, map_floats
+from gradpen.recording import call_with, float_tensors, map_floats
 
 SCHEMES = ("forward", "backward", "central")
 
 ScalarFn = Callable[[Any], Tensor]  # the model's output → f, (B,)
+Replay = Callable[[], contextlib.AbstractContextManager[None]]  # `RngState.replayed`
 
 
 def input_norm(
@@ -35,7 +37,7 @@ def input_norm(
     *,
     scheme: str,
     step: float,
-    rng: RngState,
+    replay: Replay,
 ) -> Tensor:
     """‖∇_x f_i‖, differentiable to first order: (B,).
 
@@ -47,9 +49,9 @@ def input_norm(
         inputs: tensors that f was computed from, requiring grad.
         scheme: "forward", "backward" or "central".
         step: length r of the displacement of every sample.
-        rng: the generators' state before the forward pass that gave f.
+        replay: a context in which the random numbers of the forward pass that gave f are drawn again.
     """
-    gradients = torch.autograd.grad(f.sum(), list(inputs), retain_graph=True, allow_unused=True)
+    gradients = differentiate(f.sum(), list(inputs))
     found = [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, gradients, strict=True)]
     norm = torch.stack([row_sq_norm(gradient) for gradient in found]).sum(0).sqrt()
     directions = [divide_or_zero(g, norm.reshape(-1, *[1] * (g.dim() - 1)).to(g.dtype)) for g in found]
@@ -57,7 +59,7 @@ def input_norm(
     def displaced(signed_step: float) -> Tensor:
         given = float_tensors(x)  # as the user gave them: no gradient flows where none was asked for
         moved = iter([tensor + signed_step * u for tensor, u in zip(given, directions, strict=True)])
-        with rng.replayed():
+        with replay():
             return scalar(call_with(model, {}, map_floats(x, lambda _: next(moved))))
 
     return _norm_with_gradient(norm, _difference_quotient(displaced, f, scheme, step))
@@ -72,7 +74,7 @@ def param_norm(
     *,
     scheme: str,
     step: float,
-    rng: RngState,
+    replay: Replay,
 ) -> Tensor:
     """‖∇_θ L‖ for L = mean_i f_i, differentiable to first order: 0-dim.
 
@@ -84,13 +86,17 @@ def param_norm(
         parameters: name → parameter, those that the norm is taken over.
         scheme: "forward", "backward" or "central".
         step: length r of the displacement, so that ε = r/‖∇_θ L‖.
-        rng: the generators' state before the forward pass that gave `loss`.
+        replay: a context in which the random numbers of the forward pass that gave `loss` are drawn again.
 
     Raises:
         RuntimeError: if L depends on a parameter that the model's forward pass is not alone to use.
     """
-    replayed, gradient_of = _replay_gradient(loss, x)
-    found = {name: gradient_of[id(p)] for name, p in parameters.items() if id(p) in gradient_of}
+    if torch.compiler.is_compiling():  # there is no graph to walk
+        replayed, gradients = loss, differentiate(loss, list(parameters.values()))
+        found = {name: g for name, g in zip(parameters, gradients, strict=True) if g is not None}
+    else:
+        replayed, gradient_of = _replay_gradient(loss, x)
+        found = {name: gradient_of[id(p)] for name, p in parameters.items() if id(p) in gradient_of}
     if not found:
         return loss.new_zeros(())
     norm = total_sq_norm(list(found.values())).sqrt()
@@ -100,9 +106,10 @@ def param_norm(
             name: parameters[name] + signed_step * divide_or_zero(gradient, norm.to(gradient.dtype))
             for name, gradient in found.items()
         }
-        with rng.replayed():
+        with replay():
             value = scalar(call_with(model, moved, x)).mean()
-        _check_displaced(reached_around(value, parameters, list(moved.values())))
+        if not torch.compiler.is_compiling():
+            _check_displaced(reached_around(value, parameters, list(moved.values())))
         return value
 
     return _norm_with_gradient(norm, _difference_quotient(displaced, replayed, scheme, step))

@@ -6,12 +6,14 @@ sample i alone, its rows are the gradients of the single f_i.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from gradpen._graph import differentiate
 from gradpen._numerics import row_sq_norm, sum_tensors
 from gradpen.recording import Recording
 
@@ -44,7 +46,7 @@ def sample_gradients(
     if not wanted:
         return SampleGradients([], {})
     with recording.gate.towards_inputs():
-        gradients = torch.autograd.grad(total, wanted, create_graph=create_graph, retain_graph=True, allow_unused=True)
+        gradients = differentiate(total, wanted, create_graph=create_graph)
     input_count = len(recording.inputs) if inputs else 0
     input_gradients = gradients[:input_count]
     if inputs:
@@ -52,7 +54,7 @@ def sample_gradients(
     return SampleGradients(
         [
             torch.zeros_like(tensor) if gradient is None else gradient
-            for tensor, gradient in zip(recording.inputs, input_gradients, strict=False)
+            for tensor, gradient in zip(recording.inputs[:input_count], input_gradients, strict=True)
         ],
         {index: delta for index, delta in enumerate(gradients[input_count:]) if delta is not None},
     )
@@ -70,9 +72,16 @@ def jacobian_sq_norm(output: Tensor, recording: Recording) -> Tensor:
     outputs = rows.shape[1]
     basis = torch.eye(outputs, dtype=rows.dtype, device=rows.device).unsqueeze(1).expand(-1, rows.shape[0], -1)
     with recording.gate.towards_inputs():
-        gradients = torch.autograd.grad(
-            rows, recording.inputs, basis, create_graph=True, is_grads_batched=True, allow_unused=True
-        )
+        try:
+            gradients = differentiate(rows, recording.inputs, basis, create_graph=True, batched=True)
+        except RuntimeError as error:
+            warnings.warn(
+                f"the Jacobian is computed one output at a time, which is slow, because torch {torch.__version__} cannot "
+                f"run the backward pass for all of them at once: {str(error).splitlines()[0]}",
+                stacklevel=2,
+            )
+            rows_of = [differentiate(rows, recording.inputs, cotangents, create_graph=True) for cotangents in basis]
+            return sum_tensors([input_sq_norm(_used(gradients)) for gradients in rows_of])
     return input_sq_norm([gradient.transpose(0, 1) for gradient in _used(gradients)])
 
 
@@ -88,9 +97,7 @@ def projected_jacobian_sq_norm(
         normal = torch.randn(rows.shape, generator=generator, device=rows.device, dtype=torch.float32)
         directions = (normal / normal.norm(dim=1, keepdim=True) * outputs**0.5).to(rows.dtype)
         with recording.gate.towards_inputs():
-            gradients = torch.autograd.grad(
-                rows, recording.inputs, directions, create_graph=True, allow_unused=True, retain_graph=True
-            )
+            gradients = differentiate(rows, recording.inputs, directions, create_graph=True)
         estimates.append(input_sq_norm(_used(gradients)))
     return torch.stack(estimates).mean(0)
 

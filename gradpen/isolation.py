@@ -22,6 +22,19 @@ def untouched(model: nn.Module) -> Iterator[None]:
     Afterwards: train/eval flags, buffers (the very tensors, with their contents), and the random streams of torch (CPU
     and CUDA), NumPy and Python are as before. ``.grad``, hooks and ``requires_grad`` are never touched.
     """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for device_type in {tensor.device.type for tensor in model.parameters()}:
+            stack.enter_context(torch.autocast(device_type, enabled=False))
+        stack.enter_context(state_kept(model))
+        yield
+
+
+@contextlib.contextmanager
+def state_kept(model: nn.Module) -> Iterator[None]:
+    """Train/eval flags, buffers and random streams are afterwards as before."""
     training = {module: module.training for module in model.modules()}
     buffers = [
         (module, name, buffer)
@@ -30,18 +43,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
         if buffer is not None
     ]
     try:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(random_streams_kept())
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-            for device_type in {tensor.device.type for tensor in model.parameters()}:
-                stack.enter_context(torch.autocast(device_type, enabled=False))
-            for (
-                module,
-                name,
-                buffer,
-            ) in buffers:  # the originals may be part of a graph that is still to be used
+        with random_streams_kept():
+            for module, name, buffer in buffers:  # the originals may be part of a graph that is still to be used
                 module._buffers[name] = buffer.clone()
             yield
     finally:

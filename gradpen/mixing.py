@@ -132,7 +132,25 @@ def _key(
     model: nn.Module, f: Tensor, scalar: Callable[[Any], Tensor], recording: Recording, gradients: SampleGradients
 ) -> _Key:
     layout = tuple(recording.calls[index].input.shape[:1] == f.shape[:1] for index in gradients.deltas)
-    return _Key(graph_shape(f), model.training, len(gradients.inputs), layout, _code_of(scalar))
+    return _Key(graph_shape(f), model.training, len(gradients.inputs), layout, code_of(scalar))
+
+
+def find_mixed_calls_for_good(
+    model: nn.Module, f: Tensor, scalar: Callable[[Any], Tensor], recording: Recording, gradients: SampleGradients
+) -> frozenset[int]:
+    """`find_mixed_calls` for a caller who will not ask again for the next batch.
+
+    Raises:
+        RuntimeError: as `find_mixed_calls`, and if this batch does not settle it for the next ones.
+    """
+    check_unambiguous(f, recording, gradients, f.shape[0])
+    mixed = find_mixed_calls(model, f, scalar, recording, gradients)
+    if f.shape[0] > 1 and _key(model, f, scalar, recording, gradients) not in _verdicts.get(model, {}):
+        raise RuntimeError(
+            "expected gradients other than zero, from which can be seen that f_i depends on sample i alone, but for this "
+            "batch some layer's are zero throughout: call the objective once without torch.compile on a batch whose are not"
+        )
+    return mixed
 
 
 def check_unambiguous(root: Tensor, recording: Recording, gradients: SampleGradients, batch_size: int) -> None:
@@ -147,6 +165,11 @@ def check_unambiguous(root: Tensor, recording: Recording, gradients: SampleGradi
             "by index, so it cannot be told which dimension counts samples: say which part of the module is the model "
             "(model=…), or change the batch size"
         )
+
+
+def is_ambiguous(root: Tensor, recording: Recording, gradients: SampleGradients, batch_size: int) -> bool:
+    """`_is_ambiguous` for the graph under `root`."""
+    return _is_ambiguous(graph_shape(root).kinds, recording, gradients, batch_size)
 
 
 def _is_ambiguous(kinds: Collection[str], recording: Recording, gradients: SampleGradients, batch_size: int) -> bool:
@@ -187,7 +210,7 @@ def _row_factors(f: Tensor) -> Tensor:
     return torch.arange(1, f.shape[0] + 1, device=f.device, dtype=f.dtype).cos()
 
 
-def _code_of(function: Any) -> Any:
+def code_of(function: Any) -> Any:
     """What tells functions apart that are made anew for every call, such as lambdas and partials."""
     function = getattr(function, "source", function)
     function = getattr(function, "func", function)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from gradpen import closed_form
-from gradpen._graph import GraphWalk, reached_around, walk_graph
+from gradpen import closed_form, mixing
+from gradpen._graph import GraphWalk, differentiate, reached_around, walk_graph
 from gradpen._numerics import full_precision, rounding_tolerance, row_sq_norm, sum_tensors, total_sq_norm
 from gradpen.gradients import SampleGradients, check_differentiable
 from gradpen.mixing import find_mixed_calls
@@ -115,7 +116,8 @@ def param_sq_norm(
     if not plan.mapped:
         return closed
     mapped = {name: parameters[name] for name in plan.mapped}
-    return closed + _mapped_sq_norm(model, x, f, scalar, mapped, group_size, rng, create_graph)
+    settled = not mixing.is_ambiguous(f, recording, gradients, batch_size)
+    return closed + _mapped_sq_norm(model, x, f, scalar, mapped, group_size, rng, create_graph, settled)
 
 
 def closed_loss_sq_norm(
@@ -145,10 +147,9 @@ def closed_loss_sq_norm(
 def batch_param_sq_norm(f: Tensor, parameters: Sequence[Tensor], *, create_graph: bool = True) -> Tensor:
     """‖∇_θ mean_i f_i‖²: shape (1,)."""
     check_differentiable(f)
-    _check_nothing_hidden(walk_graph(f))
-    gradients = torch.autograd.grad(
-        f.mean(), list(parameters), create_graph=create_graph, retain_graph=True, allow_unused=True
-    )
+    if not torch.compiler.is_compiling():
+        _check_nothing_hidden(walk_graph(f))
+    gradients = differentiate(f.mean(), list(parameters), create_graph=create_graph)
     found = [gradient for gradient in gradients if gradient is not None]
     return total_sq_norm(found).reshape(1) if found else f.new_zeros(1)
 
@@ -214,7 +215,8 @@ def _rows(call: Call, start: int, stop: int) -> Call:
     if start == 0 and stop == call.input.shape[0]:
         return call
     input = call.checked_input()[start:stop]
-    return call._replace(input=input, input_version=input._version)
+    version = None if call.input_version is None else input._version
+    return Call(call.op, input, call.weight, call.bias, call.options, call.output, call.output_shape, version)
 
 
 def _uses_by_parameter(calls: Sequence[Call], walk: GraphWalk) -> dict[int, list[tuple[int, str]]]:
@@ -237,60 +239,111 @@ def _mapped_sq_norm(
     group_size: int,
     rng: RngState,
     create_graph: bool,
+    settled: bool,
 ) -> Tensor:
-    """‖∇ mean_{i ∈ group} f_i‖² by a forward pass in which every group has its own copy of the parameters: (groups,)."""
+    """‖∇ mean_{i ∈ group} f_i‖² of parameters without a closed form, by torch.func.vmap or else in a loop: (groups,)."""
     batch_size = f.shape[0]
-    shapes = [tuple(tensor.shape) for tensor in tensors_of(x)]
-    if any(shape[:1] != (batch_size,) for shape in shapes):
-        raise ValueError(
-            f"expected dimension 0 of every input tensor to count the {batch_size} samples, got shapes {shapes}"
+    check_rows(x, batch_size)
+    key = (model.training, tuple(parameters), group_size, tuple(_shapes(x)), mixing.code_of(scalar))
+    try:
+        with _inference_kernels_off():
+            mapped = run_mapped(model, x, scalar, parameters, batch_size, group_size, rng.replayed)
+    except (RuntimeError, ValueError) as error:  # ValueError: outputs of a type that vmap does not know
+        obstacle = f"torch.func.vmap cannot run the model: {_first_line(error)}"
+    else:
+        known = settled and key in _same_values.get(model, ())
+        obstacle = find_obstacle(f, mapped, parameters, same_values=known)
+    if obstacle:
+        check_rows_apart(model, x, batch_size, scalar, list(parameters), rng)
+        warnings.warn(
+            f"the gradients of {', '.join(parameters)} are computed one sample at a time, which is slow, because {obstacle}",
+            stacklevel=2,
         )
-    group_of = torch.arange(batch_size, device=f.device) // group_size
-    sizes = torch.bincount(group_of)
-    copies = {name: parameter.expand(len(sizes), *parameter.shape) for name, parameter in parameters.items()}
-    by_sample = copies if group_size == 1 else {name: copy[group_of] for name, copy in copies.items()}
+        return _looped_sq_norm(f, list(parameters.values()), group_size, create_graph)
+    _same_values.setdefault(model, set()).add(key)
+    return mapped.sq_norm(create_graph)
+
+
+# models whose second forward pass has been compared with the first: comparing makes the host wait for the device
+_same_values: weakref.WeakKeyDictionary[nn.Module, set[Any]] = weakref.WeakKeyDictionary()
+
+
+class Mapped(NamedTuple):
+    """A forward pass in which every group of samples has its own copy of some parameters."""
+
+    f: Tensor  # (B,)
+    copies: list[Tensor]  # (groups, *parameter.shape)
+    group_size: int
+
+    def sq_norm(self, create_graph: bool = True) -> Tensor:
+        """‖∇ mean_{i ∈ group} f_i‖²: (groups,)."""
+        batch_size = self.f.shape[0]
+        before = torch.arange(batch_size, device=self.f.device) // self.group_size * self.group_size
+        sizes = (batch_size - before).clamp(max=self.group_size)
+        gradients = differentiate((self.f / sizes).sum(), self.copies, create_graph=create_graph)
+        return sum_tensors([row_sq_norm(gradient) for gradient in gradients if gradient is not None])
+
+
+def run_mapped(
+    model: nn.Module,
+    x: Any,
+    scalar: ScalarFn,
+    parameters: Mapping[str, Tensor],
+    batch_size: int,
+    group_size: int,
+    replay: Callable[[], contextlib.AbstractContextManager[None]],
+) -> Mapped:
+    """Run the model sample by sample, all at once, within a context in which the same random numbers are drawn again.
+
+    Raises:
+        RuntimeError, ValueError: if torch.func.vmap cannot run the model.
+    """
+    groups = -(-batch_size // group_size)
+    copies = {name: parameter.expand(groups, *parameter.shape) for name, parameter in parameters.items()}
+    by_sample = copies
+    if group_size > 1:
+        by_sample = {name: copy.repeat_interleave(group_size, 0)[:batch_size] for name, copy in copies.items()}
 
     def one_sample(copied: dict[str, Tensor], sample: Any) -> Any:
         output = call_with(model, copied, map_tensors(sample, lambda tensor: tensor.unsqueeze(0)))
         return tree_map_only(Tensor, lambda tensor: tensor.squeeze(0), output)
 
     in_dims = (0, map_leaves(x, lambda leaf: 0 if isinstance(leaf, Tensor) else None))
-    try:
-        with rng.replayed(), _inference_kernels_off():
-            output = torch.vmap(one_sample, in_dims, randomness="different")(by_sample, x)
-    except (RuntimeError, ValueError) as error:  # ValueError: outputs of a type that vmap does not know
-        obstacle = f"torch.func.vmap cannot run the model: {_first_line(error)}"
-    else:
-        mapped_f = scalar(output)
-        obstacle = _obstacle(f, mapped_f, parameters, list(copies.values()))
-    if obstacle:
-        _check_rows_apart(model, x, batch_size, scalar, list(parameters), rng)
-        warnings.warn(
-            f"the gradients of {', '.join(parameters)} are computed one sample at a time, which is slow, because {obstacle}",
-            stacklevel=2,
+    with replay():
+        output = torch.vmap(one_sample, in_dims, randomness="different")(by_sample, x)
+    return Mapped(scalar(output), list(copies.values()), group_size)
+
+
+def check_rows(x: Any, batch_size: int) -> None:
+    """A model can be run sample by sample if every input tensor has a row for each.
+
+    Raises:
+        ValueError: if one has not.
+    """
+    if any(shape[:1] != (batch_size,) for shape in _shapes(x)):
+        raise ValueError(
+            f"expected dimension 0 of every input tensor to count the {batch_size} samples, got shapes {_shapes(x)}"
         )
-        return _looped_sq_norm(f, list(parameters.values()), group_of, create_graph)
-    gradients = torch.autograd.grad(
-        (mapped_f / sizes[group_of]).sum(),
-        list(copies.values()),
-        create_graph=create_graph,
-        allow_unused=True,
-    )
-    return sum_tensors([row_sq_norm(gradient) for gradient in gradients if gradient is not None])
 
 
-def _obstacle(f: Tensor, mapped_f: Tensor, parameters: Mapping[str, Tensor], copies: Sequence[Tensor]) -> str:
-    """Why the forward pass by samples is not that of the batch; "" if it is."""
-    around = reached_around(mapped_f, parameters, copies)
+def _shapes(x: Any) -> list[tuple[int, ...]]:
+    return [tuple(tensor.shape) for tensor in tensors_of(x)]
+
+
+def find_obstacle(f: Tensor, mapped: Mapped, parameters: Mapping[str, Tensor], *, same_values: bool) -> str:
+    """Why the forward pass by samples is not that of the batch; "" if it is; `same_values`: f is known to agree."""
+    around = reached_around(mapped.f, parameters, mapped.copies)
     if around:
         return f"the criterion, or what is no part of the model, uses {', '.join(around)}"
     tolerance = rounding_tolerance(f)
-    if not torch.allclose(f.detach(), mapped_f.detach(), rtol=tolerance, atol=tolerance, equal_nan=True):
+    if not same_values and not torch.allclose(
+        f.detach(), mapped.f.detach(), rtol=tolerance, atol=tolerance, equal_nan=True
+    ):
         return "the model draws random numbers (a dropout mask, say) that are others when it runs sample by sample"
     return ""
 
 
-def _check_rows_apart(
+def check_rows_apart(
     model: nn.Module, x: Any, batch_size: int, scalar: ScalarFn, names: Sequence[str], rng: RngState
 ) -> None:
     """Replace every other sample by its neighbour: the f_i of those that stay must stay."""
@@ -330,12 +383,12 @@ def _inference_kernels_off() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(enabled)
 
 
-def _looped_sq_norm(f: Tensor, parameters: Sequence[Tensor], group_of: Tensor, create_graph: bool) -> Tensor:
+def _looped_sq_norm(f: Tensor, parameters: Sequence[Tensor], group_size: int, create_graph: bool) -> Tensor:
     """‖∇ mean_{i ∈ group} f_i‖² by one backward pass for every group: (groups,)."""
     norms = []
-    for group in group_of.unique().tolist():
+    for group in f.split(group_size):
         gradients = torch.autograd.grad(
-            f[group_of == group].mean(),
+            group.mean(),
             parameters,
             create_graph=create_graph,
             retain_graph=True,

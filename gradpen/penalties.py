@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradpen import _checks
+from gradpen import _checks, evaluation
 from gradpen._numerics import safe_sqrt
-from gradpen.criteria import as_criterion
-from gradpen.evaluation import GroupNorms, evaluate_terms
+from gradpen.criteria import Criterion, as_criterion
+from gradpen.evaluation import Evaluation, GroupNorms
 from gradpen.recording import tensors_of
 from gradpen.terms import InputTerm, ParameterFilter, ParamTerm, Term
 
@@ -59,7 +60,7 @@ class GradPenalty(nn.Module):
         factor = self.advance(model)
         if factor is None:
             return _zero(model, x)
-        norms = evaluate_terms(model, x, y, [(self.term, self._criterion)]).norms[0]
+        norms = _evaluate_terms(model, x, y, [(self.term, self._criterion)]).norms[0]
         return factor * self.reduce(norms)
 
     def advance(self, model: nn.Module) -> float | None:
@@ -70,9 +71,15 @@ class GradPenalty(nn.Module):
         Raises:
             ValueError: if a weight schedule returns something that is no weight.
         """
+        if torch.compiler.is_compiling():
+            return _traced().advance(self, model.training)
+        return self.advance_by_one(model.training)
+
+    def advance_by_one(self, training: bool) -> float | None:
+        """`advance`, given the mode that the model is in."""
         weight = self.weight(self.num_calls) if callable(self.weight) else self.weight
         _checks.check_weight(weight)
-        if not model.training:
+        if not training:
             return weight
         due = self.num_calls % self.every_n_steps == 0
         self.num_calls += 1
@@ -266,6 +273,11 @@ class PenalizedLoss(nn.Module):
 
     Penalties of the same f share one backward graph.
 
+    ``torch.compile(objective, fullgraph=True)`` works from torch 2.8 on; the model is an ordinary module. At each
+    compilation the model is run once in eager mode on the batch at hand, to find out which parameters have a closed form
+    and that row i of each layer belongs to sample i; that later batches of these shapes are laid out alike is assumed, as
+    in eager mode.
+
     Args:
         criterion: the data loss: a function or module with a ``reduction`` argument, or a callable that returns one
             value per sample (its mean is then the data loss).
@@ -319,14 +331,27 @@ class PenalizedLoss(nn.Module):
         terms = [
             (penalty.term, self._criterion if penalty.criterion is None else penalty._criterion) for penalty, _ in due
         ]
-        evaluation = evaluate_terms(model, x, y, terms)
-        data_loss = self._criterion.data_loss(evaluation.output, y)
+        evaluated = _evaluate_terms(model, x, y, terms)
+        data_loss = self._criterion.data_loss(evaluated.output, y)
         values = {penalty.name: data_loss.new_zeros(()) for penalty in penalties}
         loss = data_loss
-        for (penalty, factor), norms in zip(due, evaluation.norms, strict=True):
+        for (penalty, factor), norms in zip(due, evaluated.norms, strict=True):
             values[penalty.name] = penalty.reduce(norms)
             loss = loss + factor * values[penalty.name]
-        return PenalizedOutput(loss, data_loss, values, evaluation.output)
+        return PenalizedOutput(loss, data_loss, values, evaluated.output)
+
+
+def _evaluate_terms(model: nn.Module, x: Any, y: Any, terms: Sequence[tuple[Term, Criterion]]) -> Evaluation:
+    if torch.compiler.is_compiling():
+        return _traced().evaluate_terms(model, x, y, terms)
+    return evaluation.evaluate_terms(model, x, y, terms)
+
+
+def _traced() -> ModuleType:
+    """Imported by the first compilation: it brings torch._dynamo along, which nobody needs who does not compile."""
+    from gradpen import traced
+
+    return traced
 
 
 def _zero(model: nn.Module, x: Any) -> Tensor:

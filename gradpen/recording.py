@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
 from torch.overrides import TorchFunctionMode
 
 from gradpen import _graph
@@ -28,13 +27,15 @@ class Call(NamedTuple):
     weight: Tensor | None
     bias: Tensor | None
     options: dict[str, Any]
-    output: GradientEdge  # where ∂f/∂output arrives: the tensor itself may be changed in place later
+    output: (
+        Any  # where ∂f/∂output arrives: a GradientEdge (a tensor may be changed in place later), or a copy (`traced`)
+    )
     output_shape: torch.Size
-    input_version: int
+    input_version: int | None  # None: `input` is a copy that nobody else has
 
     def checked_input(self) -> Tensor:
         """The input as the layer saw it; an in-place change since then is an error, as it is in autograd."""
-        if self.input._version != self.input_version:
+        if self.input_version is not None and self.input._version != self.input_version:
             raise RuntimeError(
                 f"the input of a {self.op} call, of shape {tuple(self.input.shape)}, was changed in place after the "
                 "layer had used it; its value is needed for the gradient of the weight. Replace the in-place "
@@ -193,7 +194,9 @@ class InputGate:
 
     def admits(self, tensor: Tensor) -> bool:
         """Whether `tensor` is one of the aliases or a view of one, so that nothing but x lies behind it."""
-        if not self._aliases or torch.is_autocast_enabled(tensor.device.type):  # autocast would cast inside F.linear
+        if not (self._aliases and _graph.EDGES_KEEP_PYTHON_NODES):
+            return False
+        if torch.is_autocast_enabled(tensor.device.type):  # autocast would cast inside F.linear
             return False
         if (
             _saved_tensors_are_hooked()
@@ -254,7 +257,7 @@ class CallRecorder(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        read_arguments = _LAYER_FUNCTIONS.get(func)
+        read_arguments = LAYER_FUNCTIONS.get(func)
         if read_arguments is None:
             return func(*args, **(kwargs or {}))
         op, input, weight, bias, options = read_arguments(*args, **(kwargs or {}))
@@ -321,7 +324,7 @@ def _group_norm(
     return "group_norm", input, weight, bias, dict(num_groups=num_groups, eps=eps)
 
 
-_LAYER_FUNCTIONS: dict[Callable[..., Any], Callable[..., _Arguments]] = {
+LAYER_FUNCTIONS: dict[Callable[..., Any], Callable[..., _Arguments]] = {
     F.linear: _linear,
     F.conv1d: _conv,
     F.conv2d: _conv,

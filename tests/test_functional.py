@@ -70,6 +70,32 @@ def test_jacobian_norms(case):
     check(input_grad_sq_norm(model, x, of="output"), ref.output_jacobian_sq_norm(model, x), model)
 
 
+class AskingForValues(torch.autograd.Function):
+    """x², with a backward pass that torch.func.vmap cannot run."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        (x,) = ctx.saved_tensors
+        return 2 * x * cotangent if bool((cotangent != 0).any()) else torch.zeros_like(x)
+
+
+class Square(nn.Module):
+    def forward(self, x):
+        return AskingForValues.apply(x)
+
+
+def test_jacobian_norms_output_by_output():
+    model, x = nn.Sequential(nn.Linear(4, 5), Square(), nn.Linear(5, 3)).double(), torch.randn(3, 4).double()
+    with pytest.warns(UserWarning, match="one output at a time"):
+        actual = input_grad_sq_norm(model, x, of="output")
+    check(actual, ref.output_jacobian_sq_norm(model, x), model)
+
+
 @pytest.mark.parametrize("name", ["relu", "gelu", "conv2d", "tokens", "layer_norm", "embedding", "custom_parameter"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_the_result_has_the_precision_of_the_model(name, dtype):

@@ -119,7 +119,9 @@ def test_every_kind_of_argument_can_be_written_in_yaml(tmp_path, monkeypatch):
     cli = run_program("lightning.pytorch", arguments, tmp_path, monkeypatch)
     monitor = next(c for c in cli.trainer.callbacks if isinstance(c, InequalityMonitor))
     penalty = next(c for c in cli.trainer.callbacks if isinstance(c, GradPenaltyCallback))
-    assert monitor.schedule.at == [0, 10, 100, 1000] and monitor.inputs == penalty.inputs == 0 and monitor.model == "net"
+    assert (
+        monitor.schedule.at == [0, 10, 100, 1000] and monitor.inputs == penalty.inputs == 0 and monitor.model == "net"
+    )
     assert isinstance(monitor.criterion, nn.CrossEntropyLoss)
     jacobian, weights = penalty.penalties
     assert jacobian.weight is math.log1p and jacobian.term.method == "projection" and jacobian.name == "jacobian"

@@ -1,0 +1,449 @@
+"""Squared gradient norms within `torch.compile`: what eager mode finds out about the model, and arithmetic alone.
+
+In eager mode gradpen walks the autograd graph, tries out which rows belong to one sample, and reads the generators' state.
+None of that can be part of a compiled graph, and none of it has to be: it depends on the model, its code and the shapes, for
+which `torch.compile` has guards. Once per compilation `_known` looks at the real model with the real batch in eager mode,
+and its answer is a constant of the graph. What is traced is one forward pass, `torch.autograd.grad` and the closed forms.
+
+Importing this file imports `torch._dynamo`, so it is done when a compilation needs it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from gradpen import _checks, _graph, evaluation, finite_difference, gradients, mixing, param_norms, recording
+from gradpen.criteria import Criterion, scalar_per_sample
+from gradpen.evaluation import Evaluation, GroupNorms
+from gradpen.isolation import state_kept
+from gradpen.recording import Call, Recording, RngState, call_model, float_tensors, map_floats
+from gradpen.terms import InputTerm, ParamTerm, Term, select_parameters
+
+# put into the graph as they are: Dynamo refuses `torch.autograd.grad` and `requires_grad_`, the compiler behind it does not
+torch.compiler.allow_in_graph(_graph.differentiate)
+torch.compiler.allow_in_graph(recording.requiring_grad)
+
+CallSignature = tuple[str, tuple[int, ...] | None]
+Uses = tuple[tuple[str, tuple[tuple[int, str], ...]], ...]  # name → the calls that use it
+Plan = tuple[Uses, tuple[str, ...]]
+NO_PLAN: Plan = ((), ())
+
+
+class Known(NamedTuple):
+    """What eager mode found out. Nothing but numbers and strings, so that it can be a constant of the graph."""
+
+    scalars: tuple[int, ...]  # for every term, the number of its f: terms of one f share a backward pass
+    parameters: tuple[tuple[str, ...], ...]  # for every term, the names of the parameters that count
+    plans: tuple[Plan, ...]  # for every term, what `param_norms.ParameterPlan` holds
+    calls: tuple[CallSignature, ...]  # the layer calls of the forward pass, to be met again in the traced one
+
+
+def evaluate_terms(model: nn.Module, x: Any, y: Any, terms: Sequence[tuple[Term, Criterion]]) -> Evaluation:
+    """`evaluation.evaluate_terms` for the tracer of `torch.compile`.
+
+    Raises:
+        RuntimeError: as `evaluation.evaluate_terms`, and for what only eager mode can do: batches whose layout has to be
+            verified every time, random numbers that a second forward pass draws again, a loop over the samples.
+    """
+    tensors: list[Tensor] = []
+    layouts = _pack(x, tensors), _pack(y, tensors)
+    known = Known(
+        *_known(
+            id(model),
+            tuple(id(term) for term, _ in terms),
+            tuple(id(criterion) for _, criterion in terms),
+            layouts,
+            *tensors,
+        )
+    )
+    forward = _record(
+        model,
+        x,
+        input_grad=any(isinstance(term, InputTerm) for term, _ in terms),
+        calls=any(evaluation.needs_deltas(term) for term, _ in terms),
+    )
+    parameters = dict(model.named_parameters())
+    _check_same_calls(forward, known, parameters)
+    found: dict[int, tuple[Tensor, gradients.SampleGradients]] = {}
+    norms = []
+    for index, (term, criterion) in enumerate(terms):
+        number = known.scalars[index]
+        if number not in found:
+            sharing = [other for (other, _), scalar in zip(terms, known.scalars, strict=True) if scalar == number]
+            found[number] = _scalar_gradients(forward, _scalar(term, criterion, y), sharing)
+        f, rows = found[number]
+        chosen = {name: parameters[name] for name in known.parameters[index]}
+        norms.append(_group_norms(model, x, y, forward, term, criterion, f, rows, chosen, known.plans[index]))
+    return Evaluation(forward.output, norms)
+
+
+def advance(penalty: Any, training: bool) -> float | None:
+    """`GradPenalty.advance_by_one` with a step counter that the graph takes as a variable.
+
+    An int in a module is a constant to `torch.compile`, and every step would be another graph.
+
+    Raises:
+        RuntimeError: if this torch cannot be told so.
+    """
+    if not hasattr(torch._dynamo, "patch_dynamo_config"):
+        _refuse(
+            f"gradient penalties can be compiled from torch 2.8 on, got {torch.__version__}: call the objective without "
+            "torch.compile"
+        )
+    with torch._dynamo.patch_dynamo_config(allow_unspec_int_on_nn_module=True):
+        return penalty.advance_by_one(training)
+
+
+def _scalar(term: Term, criterion: Criterion, target: Any) -> Callable[[Any], Tensor]:
+    """The model's output → f, (B,)."""
+    if isinstance(term, InputTerm) and callable(term.of):
+        of = term.of
+        return lambda output: scalar_per_sample(of, output, target)
+    return lambda output: criterion.per_sample(output, target)
+
+
+def _scalar_gradients(
+    forward: Recording, scalar: Callable[[Any], Tensor], sharing: Sequence[Term]
+) -> tuple[Tensor, gradients.SampleGradients]:
+    """f, and its gradients as far as the terms that share it need them."""
+    if all(isinstance(term, InputTerm) and term.of == "output" for term in sharing):
+        return torch.zeros(()), gradients.SampleGradients([], {})
+    f = scalar(forward.output)
+    inputs = any(isinstance(term, InputTerm) and term.of != "output" and term.method == "exact" for term in sharing)
+    deltas = any(evaluation.needs_deltas(term) for term in sharing)
+    if not (inputs or deltas):
+        return f, gradients.SampleGradients([], {})
+    return f, gradients.sample_gradients(f.sum(), forward, inputs=inputs, deltas=deltas)
+
+
+def _group_norms(
+    model: nn.Module,
+    x: Any,
+    y: Any,
+    forward: Recording,
+    term: Term,
+    criterion: Criterion,
+    f: Tensor,
+    rows: gradients.SampleGradients,
+    parameters: Mapping[str, Tensor],
+    plan: Plan,
+) -> GroupNorms:
+    if isinstance(term, InputTerm):
+        sq_norms = _input_sq_norms(model, x, y, forward, term, criterion, f, rows)
+        return GroupNorms(sq_norms, torch.ones_like(sq_norms))
+    batch_size = f.shape[0]
+    group_size = term.group_size(batch_size)
+    if term.method == "finite_difference":
+        sq_norms = _displaced_param_sq_norm(model, x, term, _scalar(term, criterion, y), f, parameters)
+    elif term.over == "batch":
+        sq_norms = param_norms.batch_param_sq_norm(f, list(parameters.values()))
+    else:
+        uses, mapped = plan
+        closed = param_norms.ParameterPlan({name: list(calls) for name, calls in uses}, [])
+        sq_norms = param_norms.closed_param_sq_norm(forward, rows, closed, batch_size, group_size, f.device)
+        if mapped:
+            chosen = {name: parameters[name] for name in mapped}
+            scalar = _scalar(term, criterion, y)
+            found = param_norms.run_mapped(model, x, scalar, chosen, batch_size, group_size, contextlib.nullcontext)
+            sq_norms = sq_norms + found.sq_norm()
+    return GroupNorms(sq_norms, term.group_sizes(batch_size, f))
+
+
+def _input_sq_norms(
+    model: nn.Module,
+    x: Any,
+    y: Any,
+    forward: Recording,
+    term: InputTerm,
+    criterion: Criterion,
+    f: Tensor,
+    rows: gradients.SampleGradients,
+) -> Tensor:
+    if term.of == "output":
+        if term.method == "exact":
+            return gradients.jacobian_sq_norm(forward.output, forward)
+        return gradients.projected_jacobian_sq_norm(forward.output, forward, term.num_projections, term.generator)
+    if term.method == "exact":
+        return gradients.input_sq_norm(rows.inputs)
+    return finite_difference.input_norm(
+        model,
+        x,
+        f,
+        _scalar(term, criterion, y),
+        forward.inputs,
+        scheme=term.scheme,
+        step=term.step,
+        replay=contextlib.nullcontext,
+    ).square()
+
+
+def _displaced_param_sq_norm(
+    model: nn.Module,
+    x: Any,
+    term: ParamTerm,
+    scalar: Callable[[Any], Tensor],
+    f: Tensor,
+    parameters: Mapping[str, Tensor],
+) -> Tensor:
+    """‖∇_θ mean_i f_i‖² with a gradient from first derivatives: (1,). The model is known to draw no random numbers."""
+    norm = finite_difference.param_norm(
+        model, x, f.mean(), scalar, parameters, scheme=term.scheme, step=term.step, replay=contextlib.nullcontext
+    )
+    return norm.square().reshape(1)
+
+
+# ---- the traced forward pass ----------------------------------------------------------------------------------------
+
+
+class _Recorder(TorchFunctionMode):
+    """`CallRecorder` in operations that can be traced.
+
+    Where that one notes places in the autograd graph and versions of tensors, this one keeps copies, so that an in-place
+    change is of no consequence. The compiler removes those that are not needed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func not in recording.LAYER_FUNCTIONS:
+            return func(*args, **(kwargs or {}))
+        op, input, weight, bias, options = recording.LAYER_FUNCTIONS[func](*args, **(kwargs or {}))
+        before = input.clone()
+        output = func(*args, **(kwargs or {}))
+        if not output.requires_grad:
+            return output
+        self.calls.append(Call(op, before, weight, bias, options, output, output.shape, None))
+        return output.clone()
+
+
+def _record(model: nn.Module, x: Any, *, input_grad: bool, calls: bool) -> Recording:
+    fed = map_floats(x, recording.requiring_grad) if input_grad else x
+    if not calls:
+        return Recording(call_model(model, fed), float_tensors(fed))
+    recorder = _Recorder()
+    with recorder:
+        output = call_model(model, fed)
+    return Recording(output, float_tensors(fed), recorder.calls)
+
+
+def _check_same_calls(forward: Recording, known: Known, parameters: Mapping[str, Tensor]) -> None:
+    """The plan was made for the calls of an eager forward pass: the traced one has to consist of the same."""
+    same = len(forward.calls) == len(known.calls)
+    if same:
+        for call, (op, shape) in zip(forward.calls, known.calls, strict=True):
+            same = same and call.op == op and _weight_shape(call) == shape
+        for uses, _ in known.plans:
+            for name, places in uses:
+                for index, role in places:
+                    call = forward.calls[index]
+                    same = same and (call.weight if role == "weight" else call.bias) is parameters[name]
+    if not same:
+        _refuse(
+            "expected the model to call the same layers while torch.compile traces it as it does in eager mode, but it does "
+            "not, so which parameters have a closed form is not known: does it ask torch.compiler.is_compiling()? Call the "
+            "objective without torch.compile"
+        )
+
+
+def _weight_shape(call: Call) -> tuple[int, ...] | None:
+    return None if call.weight is None else tuple(call.weight.shape)
+
+
+@torch.compiler.assume_constant_result
+def _refuse(message: str) -> None:
+    """Raise while tracing: of what traced code raises, not every torch shows the message."""
+    raise RuntimeError(message)
+
+
+# ---- what eager mode knows ------------------------------------------------------------------------------------------
+
+
+def _pack(x: Any, tensors: list[Tensor]) -> Any:
+    """The structure of an input as a constant; its tensors are appended to `tensors`."""
+    if isinstance(x, Tensor):
+        tensors.append(x)
+        return ("tensor", len(tensors) - 1)
+    if isinstance(x, Mapping):
+        return ("dict", tuple((key, _pack(value, tensors)) for key, value in x.items()))
+    if isinstance(x, (tuple, list)):
+        return ("tuple", tuple(_pack(value, tensors) for value in x))
+    return ("constant", x)
+
+
+def _unpack(layout: Any, tensors: Sequence[Tensor]) -> Any:
+    kind, content = layout
+    match kind:
+        case "tensor":
+            return tensors[content]
+        case "dict":
+            return {key: _unpack(value, tensors) for key, value in content}
+        case "tuple":
+            return tuple(_unpack(value, tensors) for value in content)
+    return content
+
+
+@torch.compiler.assume_constant_result
+def _known(
+    model_id: int, term_ids: tuple[int, ...], criterion_ids: tuple[int, ...], layouts: tuple[Any, Any], *tensors: Tensor
+) -> tuple[Any, ...]:
+    """Look at the model with the batch that is at hand; called in eager mode, once for every compilation.
+
+    Modules cannot be arguments of a function whose result is a constant before torch 2.15, but their ids can.
+    """
+    objects = _alive({model_id, *term_ids, *criterion_ids})
+    model = cast(nn.Module, objects[model_id])
+    terms = [cast(Term, objects[term_id]) for term_id in term_ids]
+    criteria = [cast(Criterion, objects[criterion_id]) for criterion_id in criterion_ids]
+    x, y = (_unpack(layout, tensors) for layout in layouts)
+    evaluation.check_call(model, terms)
+    with state_kept(model):
+        rng = RngState.capture()
+        with_calls = any(evaluation.needs_deltas(term) for term in terms)
+        forward = recording.record_forward(
+            model, x, input_grad=any(isinstance(term, InputTerm) for term in terms), calls=with_calls
+        )
+        drawn = not _same_state(rng, RngState.capture())
+        plans = tuple(
+            _plan(model, x, y, forward, term, criterion, drawn) for term, criterion in zip(terms, criteria, strict=True)
+        )
+    numbers: dict[Any, int] = {}
+    keys = [evaluation.scalar_key(term, criterion) for term, criterion in zip(terms, criteria, strict=True)]
+    return tuple(
+        Known(
+            scalars=tuple(numbers.setdefault(key, len(numbers)) for key in keys),
+            parameters=tuple(
+                tuple(select_parameters(model, term.parameters)) if isinstance(term, ParamTerm) else ()
+                for term in terms
+            ),
+            plans=plans,
+            calls=tuple((call.op, _weight_shape(call)) for call in forward.calls) if with_calls else (),
+        )
+    )
+
+
+def _alive(ids: set[int]) -> dict[int, Any]:
+    """id → object."""
+    found = {id(candidate): candidate for candidate in gc.get_objects() if id(candidate) in ids}
+    if len(found) < len(ids):
+        raise RuntimeError(
+            "within torch.compile, expected a model and penalties that were built before: build PenalizedLoss or the "
+            "penalty outside the compiled function"
+        )
+    return found
+
+
+def _same_state(before: RngState, after: RngState) -> bool:
+    """Whether no random number was drawn in between."""
+    if len(before.cuda) != len(after.cuda):  # the first use of the device
+        return False
+    return all(torch.equal(a, b) for a, b in zip((before.cpu, *before.cuda), (after.cpu, *after.cuda), strict=True))
+
+
+def _check_nothing_drawn(drawn: bool, reason: str) -> None:
+    """A graph cannot put the generators back for a second forward pass."""
+    if drawn:
+        raise RuntimeError(
+            f"the model draws random numbers (dropout masks), and {reason}: that takes a second forward pass with the same "
+            "ones, which is not possible within torch.compile. Put dropout into eval mode, or call the objective without "
+            "torch.compile"
+        )
+
+
+def _plan(model: nn.Module, x: Any, y: Any, forward: Recording, term: Term, criterion: Criterion, drawn: bool) -> Plan:
+    """The checks of one term; for parameters, how their gradients are had."""
+    if term.method == "finite_difference":
+        _check_nothing_drawn(drawn, 'method="finite_difference" displaces its input or parameters')
+    if isinstance(term, InputTerm) and term.of == "output":
+        if term.generator is not None:
+            raise RuntimeError(
+                "expected no generator within torch.compile, which cannot draw from one: leave it out and seed torch, or "
+                "call the objective without torch.compile"
+            )
+        output = evaluation.check_output(forward)
+        _checked_mixed_calls(
+            model, evaluation.generic_combination(output), evaluation.generic_combination, forward, deltas=False
+        )
+        return NO_PLAN
+    scalar = term.scalar(criterion, y)
+    f = scalar(forward.output)
+    if isinstance(term, InputTerm):
+        _checks.check_input_rows(forward.inputs, f.shape[0])
+        _checked_mixed_calls(model, f, scalar, forward, deltas=False)
+        return NO_PLAN
+    gradients.check_differentiable(f)
+    batch_size = f.shape[0]
+    group_size = term.group_size(batch_size)
+    if not evaluation.needs_deltas(term):
+        if group_size < batch_size:
+            raise RuntimeError(
+                f'method="finite_difference" with over={term.over!r} runs the model for every group of samples by itself, '
+                'which gradpen does not do within torch.compile: use method="exact", over="batch", or no torch.compile'
+            )
+        _check_whole_batch(model, x, f, scalar, term)
+        return NO_PLAN
+    mixed = _checked_mixed_calls(model, f, scalar, forward, deltas=True)
+    parameters = select_parameters(model, term.parameters)
+    plan = param_norms.plan_parameters(forward, f, parameters, mixed, batch_size)
+    if plan.mapped:
+        _check_nothing_drawn(drawn, f"{', '.join(plan.mapped)} have no closed form for single samples")
+        _check_mapped(model, x, f, scalar, {name: parameters[name] for name in plan.mapped}, group_size)
+    return tuple((name, tuple(uses)) for name, uses in plan.closed.items()), tuple(plan.mapped)
+
+
+def _check_whole_batch(model: nn.Module, x: Any, f: Tensor, scalar: Callable[[Any], Tensor], term: ParamTerm) -> None:
+    """Errors of eager mode for gradients of the whole batch."""
+    parameters = select_parameters(model, term.parameters)
+    if term.method == "exact":
+        param_norms.batch_param_sq_norm(f, list(parameters.values()), create_graph=False)
+        return
+    finite_difference.param_norm(
+        model, x, f.mean(), scalar, parameters, scheme=term.scheme, step=term.step, replay=contextlib.nullcontext
+    )
+
+
+def _check_mapped(
+    model: nn.Module,
+    x: Any,
+    f: Tensor,
+    scalar: Callable[[Any], Tensor],
+    parameters: Mapping[str, Tensor],
+    group_size: int,
+) -> None:
+    """Parameters without a closed form go through torch.func.vmap, here as in eager mode, or not at all."""
+    param_norms.check_rows(x, f.shape[0])
+    try:
+        mapped = param_norms.run_mapped(model, x, scalar, parameters, f.shape[0], group_size, contextlib.nullcontext)
+    except (RuntimeError, ValueError) as error:
+        obstacle = f"torch.func.vmap cannot run the model: {error}".partition("\n")[0]
+    else:
+        obstacle = param_norms.find_obstacle(f, mapped, parameters, same_values=False)
+    if obstacle:
+        param_norms.check_rows_apart(model, x, f.shape[0], scalar, list(parameters), RngState.capture())
+        raise RuntimeError(
+            f"the gradients of {', '.join(parameters)} have no closed form for single samples, and within torch.compile "
+            f'they cannot be had otherwise, because {obstacle}. Leave them out with parameters=…, use over="batch", or '
+            "call the objective without torch.compile"
+        )
+
+
+def _checked_mixed_calls(
+    model: nn.Module, f: Tensor, scalar: Callable[[Any], Tensor], forward: Recording, *, deltas: bool
+) -> frozenset[int]:
+    """`mixing.find_mixed_calls`, to hold for all batches of these shapes."""
+    rows = gradients.sample_gradients(f.sum(), forward, inputs=not deltas, deltas=deltas, create_graph=False)
+    return mixing.find_mixed_calls_for_good(model, f, scalar, forward, rows)

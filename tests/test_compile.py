@@ -1,0 +1,310 @@
+"""A compiled objective gives what the eager one gives, or an error that says why not."""
+
+from __future__ import annotations
+
+import copy
+import re
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cases
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from gradpen import InputGradPenalty, ParamGradPenalty, PenalizedLoss
+from gradpen.penalties import GradPenalty, PenalizedOutput
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "compile.md"
+BATCH = 11  # no width and no number of tokens or pixels in the cases: such a batch is refused
+STEPS_CAN_BE_VARIABLES = hasattr(torch._dynamo, "patch_dynamo_config")
+needs_compilable_torch = pytest.mark.skipif(not STEPS_CAN_BE_VARIABLES, reason="torch >= 2.8 compiles penalties")
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(function: Callable[..., Any], backend: Any = "aot_eager") -> Callable[..., Any]:
+    return torch.compile(function, fullgraph=True, backend=backend)
+
+
+def one_step(objective: Callable[..., PenalizedOutput], model: nn.Module, x: Any, y: Any) -> list[Tensor]:
+    """Everything that a step computes: loss, data loss, penalties, output, gradients."""
+    model.zero_grad()
+    out = objective(model, x, y)
+    out.loss.backward()
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
+    values = [out.loss, out.data_loss, *out.penalties.values(), out.output]
+    return [value.detach() for value in values] + gradients
+
+
+def assert_same_step(
+    objective: PenalizedLoss, model: nn.Module, x: Any, y: Any, tolerance: float = 1e-10, backend: Any = "aot_eager"
+) -> None:
+    eager = one_step(objective, model, x, y)
+    torch.testing.assert_close(
+        one_step(compiled(objective, backend), model, x, y), eager, rtol=tolerance, atol=tolerance * 10
+    )
+
+
+def small_mlp(*, outputs: int = 3) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, outputs)).double()
+
+
+def batch_of(size: int = BATCH) -> tuple[Tensor, Tensor]:
+    return torch.randn(size, 4, dtype=torch.float64), torch.randint(3, (size,))
+
+
+def first_output(output: Tensor, target: Tensor) -> Tensor:
+    return output[:, 0]
+
+
+# ---- the same numbers -----------------------------------------------------------------------------------------------
+
+
+@needs_compilable_torch
+@pytest.mark.parametrize(
+    "name",
+    ["inplace_relu", "conv_stack", "layer_norm_tokens", "embedding_padding", "tied_autoencoder", "two_inputs_dict"],
+)
+def test_both_penalties_equal_the_eager_ones(name):
+    case = cases.find(name)
+    model, x, y, criterion = case.problem(BATCH)
+    inputs = [InputGradPenalty(0.3)] if case.float_input else []
+    assert_same_step(PenalizedLoss(criterion, *inputs, ParamGradPenalty(0.1)), model, x, y)
+
+
+VARIANTS: dict[str, list[GradPenalty]] = {
+    "whole_batch": [ParamGradPenalty(0.1, over="batch"), InputGradPenalty(0.1, of=first_output, target=0.5)],
+    "micro_batches": [ParamGradPenalty(0.1, over=4, squared=False, parameters=["0.*"])],
+    "finite_difference": [
+        ParamGradPenalty(0.1, over="batch", method="finite_difference"),
+        InputGradPenalty(0.1, method="finite_difference", scheme="central"),
+    ],
+    "jacobian": [InputGradPenalty(0.1, of="output")],
+}
+
+
+@needs_compilable_torch
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_kind_of_penalty_equals_the_eager_one(variant):
+    criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
+    objective = PenalizedLoss(criterion, *VARIANTS[variant])
+    assert_same_step(objective, small_mlp(), *batch_of())
+    assert criterion.reduction == "mean"
+
+
+@needs_compilable_torch
+def test_projection_of_a_single_output_is_exact():
+    x, _ = batch_of()
+    y = torch.randn(BATCH, 1, dtype=torch.float64)
+    exact, estimated = InputGradPenalty(0.1, of="output"), InputGradPenalty(0.1, of="output", method="projection")
+    model = small_mlp(outputs=1)
+    expected = one_step(PenalizedLoss(F.mse_loss, exact), model, x, y)
+    actual = one_step(compiled(PenalizedLoss(F.mse_loss, estimated)), model, x, y)
+    torch.testing.assert_close(actual, expected)
+
+
+@needs_compilable_torch
+def test_a_penalty_within_a_compiled_function():
+    model, (x, y), penalty = small_mlp(), batch_of(), InputGradPenalty(0.1)
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(model(2 * x), y) + penalty(model, 2 * x, y)
+
+    torch.testing.assert_close(compiled(loss)(x, y), loss(x, y))
+
+
+@needs_compilable_torch
+def test_batches_of_other_sizes():
+    model, counter = small_mlp(), CompileCounterWithBackend("aot_eager")
+    objective = PenalizedLoss(F.cross_entropy, InputGradPenalty(0.1), ParamGradPenalty(0.1))
+    step = compiled(objective, counter)
+    for size in (BATCH, 8, 13, 7):
+        x, y = batch_of(size)
+        torch.testing.assert_close(one_step(step, model, x, y), one_step(objective, model, x, y))
+    assert counter.frame_count <= 3
+
+
+# ---- the step counter -----------------------------------------------------------------------------------------------
+
+
+@needs_compilable_torch
+def test_steps_are_no_new_graphs():
+    def objective() -> PenalizedLoss:
+        lazy = InputGradPenalty(lambda step: 0.1 * min(1.0, step / 5), every_n_steps=4)
+        return PenalizedLoss(F.cross_entropy, lazy)
+
+    model, (x, y) = small_mlp(), batch_of()
+    counter = CompileCounterWithBackend("aot_eager")
+    eager, traced = objective(), objective()
+    step, frames = compiled(traced, counter), []
+    for _ in range(20):
+        torch.testing.assert_close(one_step(step, model, x, y), one_step(eager, model, x, y))
+        frames.append(counter.frame_count)
+    assert frames[8:] == [frames[8]] * 12 and frames[8] <= 4
+    assert traced.state_dict() == eager.state_dict()
+    model.eval()
+    step(model, x, y)
+    assert traced.state_dict() == eager.state_dict()
+
+
+@pytest.mark.skipif(STEPS_CAN_BE_VARIABLES, reason="this torch compiles penalties")
+def test_an_old_torch_is_told_so():
+    with pytest.raises(RuntimeError, match=r"from torch 2\.8 on"):
+        compiled(PenalizedLoss(F.cross_entropy, InputGradPenalty()))(small_mlp(), *batch_of())
+
+
+# ---- random numbers, buffers ----------------------------------------------------------------------------------------
+
+
+@needs_compilable_torch
+def test_one_dropout_mask_for_all_quantities():
+    weights = 2.0 ** torch.arange(4, dtype=torch.float64)
+    model = nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 1, bias=False)).double()
+    model[1].weight.data = weights[None]
+    x = torch.ones(
+        BATCH, 4, dtype=torch.float64
+    )  # the output is Σ 2 · 2^k over the entries that stay: it spells the mask
+    by_input, by_weight = InputGradPenalty(of=first_output), ParamGradPenalty(criterion=first_output)
+    out = compiled(PenalizedLoss(first_output, by_input, by_weight))(model, x, None)
+    masks = torch.stack([(out.output[:, 0] / 2).long() // 2**k % 2 for k in range(4)], 1)
+    assert 0 < masks.sum() < masks.numel()
+    torch.testing.assert_close(out.penalties["input"], (4 * masks * weights.square()).sum(1).mean())
+    torch.testing.assert_close(out.penalties["param"], (4.0 * masks).double().sum(1).mean())
+
+
+@needs_compilable_torch
+def test_looking_at_the_model_leaves_no_trace():
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, 3)).double()
+    other, (x, y) = copy.deepcopy(model), batch_of()
+    state = torch.get_rng_state()
+    compiled(PenalizedLoss(F.cross_entropy, ParamGradPenalty(over="batch")))(model, x, y)
+    after = torch.get_rng_state()
+    torch.set_rng_state(state)
+    other(x)
+    assert torch.equal(torch.get_rng_state(), after)
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), other.buffers(), strict=True))
+
+
+# ---- what cannot be compiled says so --------------------------------------------------------------------------------
+
+
+class Centred(nn.Module):
+    """Mixes the samples."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0)
+
+
+class AskingTheCompiler(nn.Module):
+    """Calls other layers in a compiled graph than in eager mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.layer.weight.T + self.layer.bias if torch.compiler.is_dynamo_compiling() else self.layer(x)
+
+
+def zero_head() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    nn.init.zeros_(model[2].weight)
+    return model
+
+
+def compiled_inside() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    model[0].compile(backend="eager")
+    return model
+
+
+REFUSED = {
+    "mixed samples": (lambda: nn.Sequential(nn.Linear(4, 3), Centred()), {}, "mixes the samples"),
+    "batch norm": (lambda: nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), {}, "mixes the samples"),
+    "other layers": (AskingTheCompiler, {}, "call the same layers"),
+    "no gradient": (zero_head, {}, "gradients other than zero"),
+    "compiled inside": (compiled_inside, {}, "Two ways work"),
+    "dropout": (
+        lambda: nn.Sequential(nn.Dropout(), nn.Linear(4, 3)),
+        {"over": "batch", "method": "finite_difference"},
+        "second forward pass with the same",
+    ),
+    "dropout and PReLU": (
+        lambda: nn.Sequential(nn.Dropout(), nn.Linear(4, 3), nn.PReLU()),
+        {},
+        "no closed form for single samples",
+    ),
+    "sample by sample": (
+        lambda: nn.Linear(4, 3),
+        {"method": "finite_difference"},
+        "runs the model for every group of samples",
+    ),
+}
+
+
+@needs_compilable_torch
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_cannot_be_compiled(reason):
+    build, options, message = REFUSED[reason]
+    model, (x, y) = build().double(), batch_of()
+    with pytest.raises(RuntimeError, match=message):
+        compiled(PenalizedLoss(F.cross_entropy, ParamGradPenalty(**options)))(model, x, y)
+
+
+@needs_compilable_torch
+def test_as_many_positions_as_samples_are_refused():
+    model, x, y, criterion = cases.find("layer_norm_tokens").problem(cases.B)
+    with pytest.raises(RuntimeError, match="change the batch size"):
+        compiled(PenalizedLoss(criterion, ParamGradPenalty()))(model, x, y)
+
+
+@needs_compilable_torch
+def test_a_generator_is_refused():
+    penalty = InputGradPenalty(of="output", method="projection", generator=torch.Generator())
+    with pytest.raises(RuntimeError, match="expected no generator"):
+        compiled(penalty)(small_mlp(), *batch_of())
+
+
+@needs_compilable_torch
+def test_what_eager_mode_has_seen_is_known():
+    model, (x, y) = zero_head().double(), batch_of()
+    objective = PenalizedLoss(F.cross_entropy, ParamGradPenalty(0.1))
+    zero = model[2].weight.detach().clone()
+    nn.init.normal_(model[2].weight)
+    objective(model, x, y)
+    model[2].weight.data = zero
+    assert_same_step(objective, model, x, y)
+
+
+# ---- the documentation ----------------------------------------------------------------------------------------------
+
+
+@needs_compilable_torch
+def test_the_blocks_of_the_documentation_run(monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # inductor takes a minute
+    namespace: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), flags=re.DOTALL):
+        exec(compile(block, str(DOCUMENT), "exec"), namespace)
+    assert namespace["objective"].penalties[0].num_calls == 16
+
+
+# ---- the real compiler ----------------------------------------------------------------------------------------------
+
+
+@needs_compilable_torch
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
+def test_inductor():
+    model, (x, y) = small_mlp().float(), batch_of()
+    objective = PenalizedLoss(F.cross_entropy, InputGradPenalty(0.1), ParamGradPenalty(0.1))
+    assert_same_step(objective, model, x.float(), y, 1e-5, "inductor")
