@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 from contenders import Contender, Job
-from peers import CannotDo
+from peers import UnsupportedJobError
 from torch import Tensor, nn
 from workload import Workload
 
 TOLERANCE = 1e-4  # relative error against double precision: a few hundred roundings of float32
 
 
-class Disagreement(AssertionError):
+class DisagreementError(AssertionError):
     """Two contenders computed different things, so their times mean nothing."""
 
 
@@ -22,14 +22,14 @@ def check_agreement(job: Job, work: Workload) -> dict[str, float | str]:
         contender → the larger of the two errors, or why it cannot do the job.
 
     Raises:
-        Disagreement: naming the contender.
+        DisagreementError: naming the contender.
     """
     expected, expected_gradient = _result(job, job.contenders[0], work.in_float64())
     errors: dict[str, float | str] = {}
     for contender in job.contenders:
         try:
             value, gradient = _result(job, contender, work.copied())
-        except CannotDo as reason:
+        except UnsupportedJobError as reason:
             errors[contender.name] = str(reason)
             continue
         reference = expected if value.shape == expected.shape else expected.mean()
@@ -37,7 +37,7 @@ def check_agreement(job: Job, work: Workload) -> dict[str, float | str]:
         if job.gradients:
             error = max(error, relative_error(gradient, expected_gradient))
         if not error <= TOLERANCE:
-            raise Disagreement(f"{job.title}: {contender.name} is off by {error:.1e}, allowed is {TOLERANCE:.0e}")
+            raise DisagreementError(f"{job.title}: {contender.name} is off by {error:.1e}, allowed is {TOLERANCE:.0e}")
         errors[contender.name] = error
     return errors
 

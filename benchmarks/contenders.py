@@ -32,7 +32,7 @@ class Contender:
     Attributes:
         name: as in the table.
         who: gradpen's table row has its figure, the straight line is the floor in practice, the others are peers.
-        build: everything that is done once; raises `peers.CannotDo`.
+        build: everything that is done once; raises `peers.UnsupportedJobError`.
     """
 
     name: str
@@ -135,7 +135,7 @@ def jobs() -> list[Job]:
             (
                 _straight(straight_line.sample_norms),
                 Contender(
-                    "param_grad_sq_norm", "gradpen", lambda w: lambda: param_grad_sq_norm(w.model, w.x, w.y).detach()
+                    "param_grad_sq_norm", "gradpen", lambda w: lambda: param_grad_sq_norm(w.model, w.x, w.y, create_graph=False)
                 ),
                 Contender("BackPACK", "peer", lambda work: peers.BackpackBatchL2(work).norms_and_step),
                 Contender("Opacus", "peer", lambda work: peers.OpacusGhostNorms(work).norms_and_step),

@@ -12,7 +12,7 @@ from torch.func import functional_call, grad, vmap
 from workload import Workload
 
 
-class CannotDo(Exception):
+class UnsupportedJobError(Exception):
     """Why a peer has no figure for a job."""
 
 
@@ -107,7 +107,7 @@ class BackpackBatchL2:
         try:
             from backpack import backpack, extend, extensions
         except ImportError as error:
-            raise CannotDo("not installed: pip install backpack-for-pytorch") from error
+            raise UnsupportedJobError("not installed: pip install backpack-for-pytorch") from error
         self.collecting = lambda: backpack(extensions.BatchL2Grad())
         self.work = work
         self.model = extend(work.model)
@@ -148,7 +148,7 @@ class OpacusGhostNorms:
         try:
             from opacus.grad_sample import GradSampleModuleFastGradientClipping
         except ImportError as error:
-            raise CannotDo("not installed: pip install opacus") from error
+            raise UnsupportedJobError("not installed: pip install opacus") from error
         self.work = work
         self.model = GradSampleModuleFastGradientClipping(work.model, loss_reduction="mean")
 
@@ -165,4 +165,4 @@ class OpacusGhostNorms:
             warnings.filterwarnings("ignore", message=".*backward\\(\\) with create_graph=True")
             F.cross_entropy(self.model(self.work.x), self.work.y).backward(create_graph=True)
         if not self.model.get_norm_sample().requires_grad:
-            raise CannotDo("its norms carry no graph, so they cannot be penalised")
+            raise UnsupportedJobError("its norms carry no graph, so they cannot be penalised")

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from agreement import Disagreement
+from agreement import DisagreementError
 from straight_line import plain_step
 from torch import Tensor
 from torch.func import jacrev, vmap
@@ -196,17 +196,17 @@ def accuracy(name: str, norms: Norms, exact: Norms) -> Accuracy:
     """How far a method ends from the explicit singular values.
 
     Raises:
-        Disagreement: if a lower end is too large, or a bracket does not hold the truth.
+        DisagreementError: if a lower end is too large, or a bracket does not hold the truth.
     """
     truth, lower = exact.lower.double(), norms.lower.double()
     if bool((lower > truth * (1 + ROUNDING)).any()):
-        raise Disagreement(f"{name} is above the largest singular value")
+        raise DisagreementError(f"{name} is above the largest singular value")
     error = float(((truth - lower) / truth).clamp(min=0).max())
     if norms.upper is None:
         return Accuracy(error, None)
     upper = norms.upper.double()
     if bool((upper < truth * (1 - ROUNDING)).any()):
-        raise Disagreement(f"{name}: an upper end is below the largest singular value")
+        raise DisagreementError(f"{name}: an upper end is below the largest singular value")
     return Accuracy(error, float(((upper - lower) / upper).max()))
 
 

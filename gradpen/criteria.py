@@ -6,8 +6,10 @@ import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradpen import _checks
@@ -24,6 +26,14 @@ class Criterion:
 
     source: Callable[..., Tensor]
     reduction: str | None
+
+    @property
+    def sums_samples(self) -> bool:
+        """Whether the data loss is known to be a multiple of Σ_i f_i, so that one gradient gives the other."""
+        if self.reduction in (None, "none"):
+            return True
+        function = self.source.func if isinstance(self.source, partial) else self.source
+        return self.reduction in ("mean", "sum") and (function in _SUMS or type(function) in _SUMS)
 
     def data_loss(self, output: Any, target: Any) -> Tensor:
         """The loss one trains on, 0-dim: exactly ``source(output, target)`` wherever that is a scalar."""
@@ -50,6 +60,17 @@ class Criterion:
             )
         rows = values.reshape(values.shape[0], -1)
         return rows.sum(1) if self.reduction == "sum" else rows.mean(1)
+
+
+# What torch documents as Σ_i f_i over a number. Not so the CTC loss: its mean divides each f_i by another length.
+_SUMS = frozenset(
+    {
+        *(F.cross_entropy, F.nll_loss, F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss),
+        *(F.binary_cross_entropy, F.binary_cross_entropy_with_logits),
+        *(nn.CrossEntropyLoss, nn.NLLLoss, nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss),
+        *(nn.BCELoss, nn.BCEWithLogitsLoss),
+    }
+)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gradpen import _checks, finite_difference, gradients, mixing, param_norms
+from gradpen._numerics import divide_or_zero, widest_float
 from gradpen.criteria import Criterion, Scalar
 from gradpen.recording import Recording, RngState, call_with, map_tensors, record_forward
 from gradpen.terms import InputTerm, ParamTerm, Term, select_parameters
@@ -28,10 +29,11 @@ class GroupNorms(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """The model's output, and what each term came to."""
+    """The model's output, what each term came to, and the loss that was asked for besides."""
 
     output: Any
     norms: list[GroupNorms]
+    data_loss: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class _ScalarGradients:
 
     function: Scalar
     recording: Recording
+    create_graph: bool = True
     inputs: bool = False
     deltas: bool = False
 
@@ -59,17 +62,41 @@ class _ScalarGradients:
 
     @cached_property
     def gradients(self) -> gradients.SampleGradients:
-        return gradients.sample_gradients(self.f.sum(), self.recording, inputs=self.inputs, deltas=self.deltas)
+        return gradients.sample_gradients(
+            self.f.sum(), self.recording, inputs=self.inputs, deltas=self.deltas, create_graph=self.create_graph
+        )
+
+    def replayed_mean(self, x: Any) -> finite_difference.Replay:
+        """mean_i f_i with its gradient computed now, and with it whatever gradients are wanted of the f_i."""
+        gradients.check_differentiable(self.f)
+        places = gradients.places_of(self.recording, inputs=self.inputs, deltas=self.deltas)
+        replay = finite_difference.replay_gradient(self.f.mean(), x, along=places)
+        rows = [None if gradient is None else gradient * len(self.f) for gradient in replay.along]
+        self.gradients = gradients.gradients_at_places(rows, self.recording, inputs=self.inputs)
+        return replay
 
 
-def evaluate_terms(model: nn.Module, x: Any, y: Any, terms: Sequence[tuple[Term, Criterion]]) -> Evaluation:
+def evaluate_terms(
+    model: nn.Module,
+    x: Any,
+    y: Any,
+    terms: Sequence[tuple[Term, Criterion]],
+    *,
+    data: Criterion | None = None,
+    create_graph: bool = True,
+) -> Evaluation:
     """Compute what the terms ask for from one forward pass; terms of the same f share one backward pass.
+
+    If nothing is going to be differentiated twice, the gradient of the data loss is computed here too, in the backward pass
+    that the terms need anyway, and handed out when the data loss is differentiated.
 
     Args:
         model: any module.
         x: tensor, tuple or dict.
         y: target of the criteria.
         terms: (term, criterion) pairs.
+        data: criterion of the data loss, if that is wanted.
+        create_graph: keep the squared norms differentiable.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `gradpen.functional` says.
@@ -86,19 +113,53 @@ def evaluate_terms(model: nn.Module, x: Any, y: Any, terms: Sequence[tuple[Term,
     forward = _Pass(model, x, recording, rng)
     scalars: dict[Any, _ScalarGradients] = {}
     for term, criterion in terms:
-        new = _ScalarGradients(term.scalar(criterion, y), recording)
+        new = _ScalarGradients(term.scalar(criterion, y), recording, create_graph)
         scalar = scalars.setdefault(_scalar_key(term, criterion), new)
         scalar.inputs |= isinstance(term, InputTerm) and term.method == "exact"
         scalar.deltas |= _needs_deltas(term)
+    replay = None
+    if data is not None and _can_replay(recording.output, terms, data, create_graph):
+        replay = scalars[data].replayed_mean(x)
     norms = []
     for term, criterion in terms:
         scalar = scalars[_scalar_key(term, criterion)]
         if isinstance(term, InputTerm):
             norms.append(_input_norms(forward, scalar, term))
         else:
-            norms.append(_param_norms(forward, scalar, term, criterion, y))
+            norms.append(_param_norms(forward, scalar, term, criterion, y, replay))
+        if not create_graph:  # some of them had to build one
+            norms[-1] = norms[-1]._replace(sq_norms=norms[-1].sq_norms.detach())
     recording.gate.closed = True
-    return Evaluation(recording.output, norms)
+    data_loss = None if data is None else data.data_loss(recording.output, y)
+    if data_loss is not None and replay is not None and data is not None:
+        data_loss = _with_gradient_of(data_loss, scalars[data].f, replay.loss, recording.output)
+    return Evaluation(recording.output, norms, data_loss)
+
+
+def _can_replay(output: Any, terms: Sequence[tuple[Term, Criterion]], data: Criterion, create_graph: bool) -> bool:
+    """Whether all terms want first derivatives of the f that the data loss is made from."""
+    known = data.sums_samples and isinstance(output, Tensor) and output.requires_grad
+    return (
+        bool(terms)
+        and known
+        and all(
+            _scalar_key(term, criterion) is data and (_is_batch_difference(term) or not create_graph)
+            for term, criterion in terms
+        )
+    )
+
+
+def _is_batch_difference(term: Term) -> bool:
+    return isinstance(term, ParamTerm) and term.method == "finite_difference" and term.over == "batch"
+
+
+def _with_gradient_of(data_loss: Tensor, f: Tensor, replayed_mean: Tensor, output: Tensor) -> Tensor:
+    """The value of `data_loss`, and its gradient as a multiple of the known one of mean_i f_i."""
+    (of_loss,) = torch.autograd.grad(data_loss, output, retain_graph=True)
+    (of_mean,) = torch.autograd.grad(f.mean(), output, retain_graph=True)
+    of_loss, of_mean = widest_float(of_loss), widest_float(of_mean)
+    multiple = divide_or_zero((of_loss * of_mean).sum(), of_mean.square().sum()).to(data_loss.dtype)
+    return data_loss.detach() + multiple * (replayed_mean - replayed_mean.detach())
 
 
 def evaluate_loss_terms(
@@ -224,15 +285,24 @@ def _generic_combination(output: Tensor) -> Tensor:
     return rows @ torch.arange(1, rows.shape[1] + 1, device=rows.device, dtype=rows.dtype).cos()
 
 
-def _param_norms(forward: _Pass, scalar: _ScalarGradients, term: ParamTerm, criterion: Criterion, y: Any) -> GroupNorms:
+def _param_norms(
+    forward: _Pass,
+    scalar: _ScalarGradients,
+    term: ParamTerm,
+    criterion: Criterion,
+    y: Any,
+    replay: finite_difference.Replay | None,
+) -> GroupNorms:
     parameters = select_parameters(forward.model, term.parameters)
     f = scalar.f
     group_size = term.group_size(f.shape[0])
     sizes = term.group_sizes(f.shape[0], f)
     if term.method == "finite_difference":
-        return GroupNorms(_finite_difference_norms(forward, scalar, term, criterion, y, parameters).square(), sizes)
+        norms = _finite_difference_norms(forward, scalar, term, criterion, y, parameters, replay)
+        return GroupNorms(norms.square(), sizes)
     if term.over == "batch":
-        return GroupNorms(param_norms.batch_param_sq_norm(f, list(parameters.values())), sizes)
+        sq_norm = param_norms.batch_param_sq_norm(f, list(parameters.values()), create_graph=scalar.create_graph)
+        return GroupNorms(sq_norm, sizes)
     sq_norms = param_norms.param_sq_norm(
         forward.model,
         forward.x,
@@ -243,6 +313,7 @@ def _param_norms(forward: _Pass, scalar: _ScalarGradients, term: ParamTerm, crit
         parameters,
         group_size=group_size,
         rng=forward.rng,
+        create_graph=scalar.create_graph,
     )
     return GroupNorms(sq_norms, sizes)
 
@@ -254,24 +325,28 @@ def _finite_difference_norms(
     criterion: Criterion,
     y: Any,
     parameters: Mapping[str, Tensor],
+    replay: finite_difference.Replay | None,
 ) -> Tensor:
-    """‖∇_θ mean_{i ∈ group} f_i‖: (groups,). Groups smaller than the batch get forward passes of their own."""
+    """‖∇_θ mean_{i ∈ group} f_i‖: (groups,). Groups smaller than the batch get forward passes of their own.
+
+    `replay` is mean_i f_i of the whole batch, if its gradient is there already.
+    """
     model, batch_size = forward.model, scalar.f.shape[0]
     group_size = term.group_size(batch_size)
     if group_size == batch_size:
-        groups = [(forward.x, scalar.f, scalar.function, forward.rng)]
+        whole = replay or finite_difference.replay_gradient(scalar.f.mean(), forward.x)
+        groups = [(forward.x, whole, scalar.function, forward.rng)]
     else:
         groups = []
         for start in range(0, batch_size, group_size):
             take_rows = itemgetter(slice(start, start + group_size))
             x_rows, y_rows = map_tensors(forward.x, take_rows), map_tensors(y, take_rows)
             rng, function = RngState.capture(), term.scalar(criterion, y_rows)
-            groups.append((x_rows, function(call_with(model, {}, x_rows)), function, rng))
+            loss = function(call_with(model, {}, x_rows)).mean()
+            groups.append((x_rows, finite_difference.replay_gradient(loss, x_rows), function, rng))
     norms = [
-        finite_difference.param_norm(
-            model, x, f.mean(), function, parameters, scheme=term.scheme, step=term.step, rng=rng
-        )
-        for x, f, function, rng in groups
+        finite_difference.param_norm(model, x, loss, function, parameters, scheme=term.scheme, step=term.step, rng=rng)
+        for x, loss, function, rng in groups
     ]
     return torch.stack(norms)
 

@@ -12,10 +12,11 @@ the difference quotient does not converge to the exact penalty's gradient: it is
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from gradpen._graph import walk_graph
 from gradpen._numerics import divide_or_zero, row_sq_norm, total_sq_norm
@@ -24,6 +25,14 @@ from gradpen.recording import RngState, call_with, float_tensors, map_floats
 SCHEMES = ("forward", "backward", "central")
 
 ScalarFn = Callable[[Any], Tensor]  # the model's output → f, (B,)
+
+
+class Replay(NamedTuple):
+    """A scalar whose gradient is known already, so that no later backward pass computes it again."""
+
+    loss: Tensor  # 0-dim, of the same value and gradient
+    gradient_of: dict[int, Tensor]  # id(leaf) → ∂loss/∂leaf
+    along: list[Tensor | None]  # gradients at other places of the graph, from the same backward pass
 
 
 def input_norm(
@@ -66,7 +75,7 @@ def input_norm(
 def param_norm(
     model: nn.Module,
     x: Any,
-    loss: Tensor,
+    replay: Replay,
     scalar: ScalarFn,
     parameters: Mapping[str, Tensor],
     *,
@@ -79,28 +88,28 @@ def param_norm(
     Args:
         model: the model.
         x: its input.
-        loss: L at θ.
+        replay: L at θ (`replay_gradient`).
         scalar: the model's output → f.
         parameters: name → parameter, those that the norm is taken over.
         scheme: "forward", "backward" or "central".
         step: length r of the displacement, so that ε = r/‖∇_θ L‖.
-        rng: the generators' state before the forward pass that gave `loss`.
+        rng: the generators' state before the forward pass that gave L.
     """
-    replayed, gradient_of = _replay_gradient(loss, x)
-    found = {name: gradient_of[id(p)] for name, p in parameters.items() if id(p) in gradient_of}
+    found = {name: replay.gradient_of[id(p)] for name, p in parameters.items() if id(p) in replay.gradient_of}
     if not found:
-        return loss.new_zeros(())
+        return replay.loss.new_zeros(())
     norm = total_sq_norm(list(found.values())).sqrt()
+    inverse = divide_or_zero(torch.ones_like(norm), norm)
 
     def displaced(signed_step: float) -> Tensor:
         moved = {
-            name: parameters[name] + signed_step * divide_or_zero(gradient, norm.to(gradient.dtype))
+            name: torch.addcmul(parameters[name], gradient, (signed_step * inverse).to(gradient.dtype))
             for name, gradient in found.items()
         }
         with rng.replayed():
             return scalar(call_with(model, moved, x)).mean()
 
-    return _norm_with_gradient(norm, _difference_quotient(displaced, replayed, scheme, step))
+    return _norm_with_gradient(norm, _difference_quotient(displaced, replay.loss, scheme, step))
 
 
 def _difference_quotient(displaced: Callable[[float], Tensor], here: Tensor, scheme: str, step: float) -> Tensor:
@@ -118,19 +127,23 @@ def _norm_with_gradient(norm: Tensor, quotient: Tensor) -> Tensor:
     return norm + (quotient - quotient.detach())
 
 
-def _replay_gradient(loss: Tensor, x: Any) -> tuple[Tensor, dict[int, Tensor]]:
-    """`loss` with its gradient computed now, so that no later backward pass computes it again.
+def replay_gradient(loss: Tensor, x: Any, along: Sequence[Any] = ()) -> Replay:
+    """`loss` with its gradient computed now.
 
-    Returns:
-        A scalar of the same value and gradient, and id(leaf) → ∂loss/∂leaf.
+    Args:
+        loss: 0-dim, with its graph.
+        x: what the model was given; where it requires grad, the graph behind it is left to the later backward pass.
+        along: other places of the graph at which the gradient is wanted; leaves among them get none of it later.
     """
     boundary = [tensor for tensor in float_tensors(x) if tensor.requires_grad]
+    not_later = {id(place) for place in along}
     walk = walk_graph(loss, stop_at=[tensor.grad_fn for tensor in boundary if tensor.grad_fn is not None])
-    sources = list({id(tensor): tensor for tensor in (*walk.leaves.values(), *boundary)}.values())
-    gradients = torch.autograd.grad(loss, sources, retain_graph=True, allow_unused=True)
-    used = [(source, g) for source, g in zip(sources, gradients, strict=True) if g is not None]
+    leaves = [leaf for leaf in walk.leaves.values() if id(leaf) not in not_later]
+    sources = list({id(tensor): tensor for tensor in (*leaves, *boundary)}.values())
+    gradients = torch.autograd.grad(loss, [*sources, *along], retain_graph=True, allow_unused=True)
+    used = [(source, g) for source, g in zip(sources, gradients, strict=False) if g is not None]
     replayed = _Replay.apply(loss.detach(), [g for _, g in used], *(source for source, _ in used))
-    return replayed, {id(source): g for source, g in used}
+    return Replay(replayed, {id(source): g for source, g in used}, list(gradients[len(sources) :]))
 
 
 class _Replay(torch.autograd.Function):
@@ -142,5 +155,6 @@ class _Replay(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]  # a second derivative would be 0, and wrong
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, *(gradient * grad_output for gradient in ctx.gradients)

@@ -244,7 +244,8 @@ class PenalizedOutput(NamedTuple):
     Attributes:
         loss: data_loss + Σ weight · R, 0-dim: call ``backward()`` on it.
         data_loss: exactly ``criterion(model(x), y)``.
-        penalties: name → the unweighted R, 0-dim; 0 on steps that ``every_n_steps`` leaves out.
+        penalties: name → the unweighted R, 0-dim; 0 on steps that ``every_n_steps`` leaves out. Differentiable unless
+            all weights are 0.
         output: the model's output.
     """
 
@@ -259,7 +260,8 @@ class PenalizedLoss(nn.Module):
 
     .. math:: \text{loss} = L(\theta) + \sum_k \text{weight}_k R_k
 
-    Penalties of the same f share one backward graph.
+    Penalties of the same f share one backward graph. If the weights of all penalties are 0, their R is measured beside the
+    training step, almost for free, and carries no graph.
 
     Args:
         criterion: the data loss: a function or module with a ``reduction`` argument, or a callable that returns one
@@ -308,8 +310,9 @@ class PenalizedLoss(nn.Module):
         terms = [
             (penalty.term, self._criterion if penalty.criterion is None else penalty._criterion) for penalty, _ in due
         ]
-        evaluation = evaluate_terms(model, x, y, terms)
-        data_loss = self._criterion.data_loss(evaluation.output, y)
+        weighted = any(factor != 0 for _, factor in due)
+        evaluation = evaluate_terms(model, x, y, terms, data=self._criterion, create_graph=weighted)
+        data_loss = evaluation.data_loss
         values = {penalty.name: data_loss.new_zeros(()) for penalty in penalties}
         loss = data_loss
         for (penalty, factor), norms in zip(due, evaluation.norms, strict=True):
