@@ -135,7 +135,9 @@ def jobs() -> list[Job]:
             (
                 _straight(straight_line.sample_norms),
                 Contender(
-                    "param_grad_sq_norm", "gradpen", lambda w: lambda: param_grad_sq_norm(w.model, w.x, w.y, create_graph=False)
+                    "param_grad_sq_norm",
+                    "gradpen",
+                    lambda w: lambda: param_grad_sq_norm(w.model, w.x, w.y, create_graph=False),
                 ),
                 Contender("BackPACK", "peer", lambda work: peers.BackpackBatchL2(work).norms_and_step),
                 Contender("Opacus", "peer", lambda work: peers.OpacusGhostNorms(work).norms_and_step),

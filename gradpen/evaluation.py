@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from gradpen import _checks, finite_difference, gradients, mixing, param_norms
-from gradpen._numerics import divide_or_zero, widest_float
 from gradpen.criteria import Criterion, Scalar
 from gradpen.recording import Recording, RngState, call_with, map_tensors, record_forward
 from gradpen.terms import InputTerm, ParamTerm, Term, select_parameters
@@ -29,11 +28,11 @@ class GroupNorms(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """The model's output, what each term came to, and the loss that was asked for besides."""
+    """The model's output, what each term came to, and the data loss if its gradient was found on the way."""
 
     output: Any
     norms: list[GroupNorms]
-    data_loss: Tensor | None
+    data_loss: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -66,14 +65,14 @@ class _ScalarGradients:
             self.f.sum(), self.recording, inputs=self.inputs, deltas=self.deltas, create_graph=self.create_graph
         )
 
-    def replayed_mean(self, x: Any) -> finite_difference.Replay:
+    def known_mean(self, x: Any) -> finite_difference.KnownGradient:
         """mean_i f_i with its gradient computed now, and with it whatever gradients are wanted of the f_i."""
         gradients.check_differentiable(self.f)
         places = gradients.places_of(self.recording, inputs=self.inputs, deltas=self.deltas)
-        replay = finite_difference.replay_gradient(self.f.mean(), x, along=places)
-        rows = [None if gradient is None else gradient * len(self.f) for gradient in replay.along]
+        known = finite_difference.with_known_gradient(self.f.mean(), x, along=places)
+        rows = [None if gradient is None else gradient * len(self.f) for gradient in known.along]
         self.gradients = gradients.gradients_at_places(rows, self.recording, inputs=self.inputs)
-        return replay
+        return known
 
 
 def evaluate_terms(
@@ -87,15 +86,15 @@ def evaluate_terms(
 ) -> Evaluation:
     """Compute what the terms ask for from one forward pass; terms of the same f share one backward pass.
 
-    If nothing is going to be differentiated twice, the gradient of the data loss is computed here too, in the backward pass
-    that the terms need anyway, and handed out when the data loss is differentiated.
+    If nothing is going to be differentiated twice, the backward pass that the terms need gives the gradient of the data loss
+    as well: it is kept, and handed out when the data loss is differentiated.
 
     Args:
         model: any module.
         x: tensor, tuple or dict.
         y: target of the criteria.
         terms: (term, criterion) pairs.
-        data: criterion of the data loss, if that is wanted.
+        data: criterion of the data loss, if that is going to be differentiated too.
         create_graph: keep the squared norms differentiable.
 
     Raises:
@@ -117,31 +116,30 @@ def evaluate_terms(
         scalar = scalars.setdefault(_scalar_key(term, criterion), new)
         scalar.inputs |= isinstance(term, InputTerm) and term.method == "exact"
         scalar.deltas |= _needs_deltas(term)
-    replay = None
-    if data is not None and _can_replay(recording.output, terms, data, create_graph):
-        replay = scalars[data].replayed_mean(x)
+    known = data_loss = None
+    if data is not None and _one_backward_pass_does(terms, data, create_graph):
+        known = scalars[data].known_mean(x)
+        value = data.data_loss(recording.output, y).detach()
+        multiple = data.over_mean(value, known.loss, scalars[data].f.shape[0])
+        data_loss = value + multiple * (known.loss - known.loss.detach())
     norms = []
     for term, criterion in terms:
         scalar = scalars[_scalar_key(term, criterion)]
         if isinstance(term, InputTerm):
             norms.append(_input_norms(forward, scalar, term))
         else:
-            norms.append(_param_norms(forward, scalar, term, criterion, y, replay))
+            norms.append(_param_norms(forward, scalar, term, criterion, y, known))
         if not create_graph:  # some of them had to build one
             norms[-1] = norms[-1]._replace(sq_norms=norms[-1].sq_norms.detach())
     recording.gate.closed = True
-    data_loss = None if data is None else data.data_loss(recording.output, y)
-    if data_loss is not None and replay is not None and data is not None:
-        data_loss = _with_gradient_of(data_loss, scalars[data].f, replay.loss, recording.output)
     return Evaluation(recording.output, norms, data_loss)
 
 
-def _can_replay(output: Any, terms: Sequence[tuple[Term, Criterion]], data: Criterion, create_graph: bool) -> bool:
+def _one_backward_pass_does(terms: Sequence[tuple[Term, Criterion]], data: Criterion, create_graph: bool) -> bool:
     """Whether all terms want first derivatives of the f that the data loss is made from."""
-    known = data.sums_samples and isinstance(output, Tensor) and output.requires_grad
     return (
         bool(terms)
-        and known
+        and data.follows_mean
         and all(
             _scalar_key(term, criterion) is data and (_is_batch_difference(term) or not create_graph)
             for term, criterion in terms
@@ -151,15 +149,6 @@ def _can_replay(output: Any, terms: Sequence[tuple[Term, Criterion]], data: Crit
 
 def _is_batch_difference(term: Term) -> bool:
     return isinstance(term, ParamTerm) and term.method == "finite_difference" and term.over == "batch"
-
-
-def _with_gradient_of(data_loss: Tensor, f: Tensor, replayed_mean: Tensor, output: Tensor) -> Tensor:
-    """The value of `data_loss`, and its gradient as a multiple of the known one of mean_i f_i."""
-    (of_loss,) = torch.autograd.grad(data_loss, output, retain_graph=True)
-    (of_mean,) = torch.autograd.grad(f.mean(), output, retain_graph=True)
-    of_loss, of_mean = widest_float(of_loss), widest_float(of_mean)
-    multiple = divide_or_zero((of_loss * of_mean).sum(), of_mean.square().sum()).to(data_loss.dtype)
-    return data_loss.detach() + multiple * (replayed_mean - replayed_mean.detach())
 
 
 def evaluate_loss_terms(
@@ -291,14 +280,14 @@ def _param_norms(
     term: ParamTerm,
     criterion: Criterion,
     y: Any,
-    replay: finite_difference.Replay | None,
+    known: finite_difference.KnownGradient | None,
 ) -> GroupNorms:
     parameters = select_parameters(forward.model, term.parameters)
     f = scalar.f
     group_size = term.group_size(f.shape[0])
     sizes = term.group_sizes(f.shape[0], f)
     if term.method == "finite_difference":
-        norms = _finite_difference_norms(forward, scalar, term, criterion, y, parameters, replay)
+        norms = _finite_difference_norms(forward, scalar, term, criterion, y, parameters, known)
         return GroupNorms(norms.square(), sizes)
     if term.over == "batch":
         sq_norm = param_norms.batch_param_sq_norm(f, list(parameters.values()), create_graph=scalar.create_graph)
@@ -325,16 +314,16 @@ def _finite_difference_norms(
     criterion: Criterion,
     y: Any,
     parameters: Mapping[str, Tensor],
-    replay: finite_difference.Replay | None,
+    known: finite_difference.KnownGradient | None,
 ) -> Tensor:
     """‖∇_θ mean_{i ∈ group} f_i‖: (groups,). Groups smaller than the batch get forward passes of their own.
 
-    `replay` is mean_i f_i of the whole batch, if its gradient is there already.
+    `known` is mean_i f_i of the whole batch, if its gradient is there already.
     """
     model, batch_size = forward.model, scalar.f.shape[0]
     group_size = term.group_size(batch_size)
     if group_size == batch_size:
-        whole = replay or finite_difference.replay_gradient(scalar.f.mean(), forward.x)
+        whole = known or finite_difference.with_known_gradient(scalar.f.mean(), forward.x)
         groups = [(forward.x, whole, scalar.function, forward.rng)]
     else:
         groups = []
@@ -343,7 +332,7 @@ def _finite_difference_norms(
             x_rows, y_rows = map_tensors(forward.x, take_rows), map_tensors(y, take_rows)
             rng, function = RngState.capture(), term.scalar(criterion, y_rows)
             loss = function(call_with(model, {}, x_rows)).mean()
-            groups.append((x_rows, finite_difference.replay_gradient(loss, x_rows), function, rng))
+            groups.append((x_rows, finite_difference.with_known_gradient(loss, x_rows), function, rng))
     norms = [
         finite_difference.param_norm(model, x, loss, function, parameters, scheme=term.scheme, step=term.step, rng=rng)
         for x, loss, function, rng in groups

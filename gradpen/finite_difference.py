@@ -27,7 +27,7 @@ SCHEMES = ("forward", "backward", "central")
 ScalarFn = Callable[[Any], Tensor]  # the model's output → f, (B,)
 
 
-class Replay(NamedTuple):
+class KnownGradient(NamedTuple):
     """A scalar whose gradient is known already, so that no later backward pass computes it again."""
 
     loss: Tensor  # 0-dim, of the same value and gradient
@@ -75,7 +75,7 @@ def input_norm(
 def param_norm(
     model: nn.Module,
     x: Any,
-    replay: Replay,
+    known: KnownGradient,
     scalar: ScalarFn,
     parameters: Mapping[str, Tensor],
     *,
@@ -88,16 +88,16 @@ def param_norm(
     Args:
         model: the model.
         x: its input.
-        replay: L at θ (`replay_gradient`).
+        known: L at θ (`with_known_gradient`).
         scalar: the model's output → f.
         parameters: name → parameter, those that the norm is taken over.
         scheme: "forward", "backward" or "central".
         step: length r of the displacement, so that ε = r/‖∇_θ L‖.
         rng: the generators' state before the forward pass that gave L.
     """
-    found = {name: replay.gradient_of[id(p)] for name, p in parameters.items() if id(p) in replay.gradient_of}
+    found = {name: known.gradient_of[id(p)] for name, p in parameters.items() if id(p) in known.gradient_of}
     if not found:
-        return replay.loss.new_zeros(())
+        return known.loss.new_zeros(())
     norm = total_sq_norm(list(found.values())).sqrt()
     inverse = divide_or_zero(torch.ones_like(norm), norm)
 
@@ -109,7 +109,7 @@ def param_norm(
         with rng.replayed():
             return scalar(call_with(model, moved, x)).mean()
 
-    return _norm_with_gradient(norm, _difference_quotient(displaced, replay.loss, scheme, step))
+    return _norm_with_gradient(norm, _difference_quotient(displaced, known.loss, scheme, step))
 
 
 def _difference_quotient(displaced: Callable[[float], Tensor], here: Tensor, scheme: str, step: float) -> Tensor:
@@ -127,7 +127,7 @@ def _norm_with_gradient(norm: Tensor, quotient: Tensor) -> Tensor:
     return norm + (quotient - quotient.detach())
 
 
-def replay_gradient(loss: Tensor, x: Any, along: Sequence[Any] = ()) -> Replay:
+def with_known_gradient(loss: Tensor, x: Any, along: Sequence[Any] = ()) -> KnownGradient:
     """`loss` with its gradient computed now.
 
     Args:
@@ -143,7 +143,7 @@ def replay_gradient(loss: Tensor, x: Any, along: Sequence[Any] = ()) -> Replay:
     gradients = torch.autograd.grad(loss, [*sources, *along], retain_graph=True, allow_unused=True)
     used = [(source, g) for source, g in zip(sources, gradients, strict=False) if g is not None]
     replayed = _Replay.apply(loss.detach(), [g for _, g in used], *(source for source, _ in used))
-    return Replay(replayed, {id(source): g for source, g in used}, list(gradients[len(sources) :]))
+    return KnownGradient(replayed, {id(source): g for source, g in used}, list(gradients[len(sources) :]))
 
 
 class _Replay(torch.autograd.Function):
@@ -155,6 +155,6 @@ class _Replay(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]  # a second derivative would be 0, and wrong
+    @once_differentiable  # a second derivative would be 0, and wrong
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, *(gradient * grad_output for gradient in ctx.gradients)

@@ -313,6 +313,8 @@ class PenalizedLoss(nn.Module):
         weighted = any(factor != 0 for _, factor in due)
         evaluation = evaluate_terms(model, x, y, terms, data=self._criterion, create_graph=weighted)
         data_loss = evaluation.data_loss
+        if data_loss is None:
+            data_loss = self._criterion.data_loss(evaluation.output, y)
         values = {penalty.name: data_loss.new_zeros(()) for penalty in penalties}
         loss = data_loss
         for (penalty, factor), norms in zip(due, evaluation.norms, strict=True):
