@@ -41,6 +41,12 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
 
 
+def check_norm_target(value: object) -> None:
+    """A finite number >= 0."""
+    if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
+        raise ValueError(f"target must be a norm, a finite number >= 0, or None, got {value!r}")
+
+
 def check_model(model: object) -> None:
     """An nn.Module; anything else has no parameters to look at."""
     if not isinstance(model, nn.Module):

@@ -10,7 +10,9 @@ from torch import Tensor
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """Upcast half precision, so that squares are accumulated in float32 at least."""
+    """Upcast half precision, so that squares are accumulated in float32 at least; of a complex number both parts count."""
+    if tensor.is_complex():
+        return torch.view_as_real(tensor.resolve_conj())
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 

@@ -51,6 +51,8 @@ Contribution = Outer | Rows | Dense
 
 def has_closed_form(call: Call, batch_size: int) -> bool:
     """Whether the call is of a kind known here and dimension 0 of what it saw has the batch's size."""
+    if call.weight is not None and call.weight.is_complex():  # the products below do not conjugate
+        return False
     leading = call.input.dim() > 0 and call.input.shape[0] == batch_size and call.output_shape[0] == batch_size
     match call.op:
         case "linear" | "embedding" | "group_norm":

@@ -45,7 +45,7 @@ class Criterion:
 
     def _is(self, known: frozenset[Any]) -> bool:
         function = self.source.func if isinstance(self.source, partial) else self.source
-        return function in known or type(function) in known
+        return type(function) in known or any(function is one for one in known)  # it may have no hash
 
     def data_loss(self, output: Any, target: Any) -> Tensor:
         """The loss one trains on, 0-dim: exactly ``source(output, target)`` wherever that is a scalar."""
@@ -55,7 +55,7 @@ class Criterion:
         return self.source(output, target)
 
     def per_sample(self, output: Any, target: Any) -> Tensor:
-        """f of shape (B,): a "none" result (B, …) averaged, or for "sum" summed, over everything but the batch."""
+        """f of shape (B,): a "none" result (B, …) averaged over everything but the batch, or summed (`_SUMMED`)."""
         if self.reduction is None:
             return scalar_per_sample(self.source, output, target)
         _checks.check_batch_sizes(output, target)
@@ -71,7 +71,10 @@ class Criterion:
                 f"{tuple(values.shape)}"
             )
         rows = values.reshape(values.shape[0], -1)
-        return rows.sum(1) if self.reduction == "sum" else rows.mean(1)
+        return rows.sum(1) if self.reduction in _SUMMED else rows.mean(1)
+
+
+_SUMMED = ("sum", "batchmean")  # both add up the entries of a sample; "batchmean" then averages over the samples
 
 
 # Losses whose mean is that of the f_i. Not so the CTC loss, which divides each f_i by another length.
@@ -119,21 +122,21 @@ def as_criterion(criterion: Callable[..., Tensor] | Criterion) -> Criterion:
 
     Raises:
         TypeError: if `criterion` is not callable.
+        ValueError: if it has a reduction of another name than torch's, which could be anything.
     """
     if isinstance(criterion, Criterion):
         return criterion
     if not callable(criterion):
         raise TypeError(f"expected a callable criterion such as F.cross_entropy, got {criterion!r}")
-    if isinstance(criterion, nn.Module):
-        reduction = getattr(criterion, "reduction", None)
-        return Criterion(criterion, reduction if isinstance(reduction, str) else None)
-    try:
-        parameter = inspect.signature(criterion).parameters.get("reduction")
-    except (TypeError, ValueError):  # a builtin without a signature has no reduction to ask for
-        parameter = None
-    if parameter is None:
-        return Criterion(criterion, None)
-    return Criterion(criterion, parameter.default if isinstance(parameter.default, str) else "mean")
+    if isinstance(criterion, type):
+        raise TypeError(f"expected a criterion, got the class {criterion.__name__}: make one, {criterion.__name__}()")
+    reduction = _reduction_of(criterion)
+    if reduction not in (None, "none", "mean", *_SUMMED):
+        raise ValueError(
+            f'expected the reduction of {_name(criterion)} to be "none", "mean", "sum" or "batchmean", got {reduction!r}: '
+            "gradpen has to know what f_i of a single sample is. Give a callable that returns one value per sample"
+        )
+    return Criterion(criterion, reduction)
 
 
 def scalar_per_sample(function: Callable[..., Tensor], output: Any, target: Any) -> Tensor:
@@ -150,6 +153,20 @@ def scalar_per_sample(function: Callable[..., Tensor], output: Any, target: Any)
             "the batch"
         )
     return values
+
+
+def _reduction_of(criterion: Callable[..., Tensor]) -> str | None:
+    """The value of a module's attribute or of a function's argument ``reduction``; None if it has none."""
+    if isinstance(criterion, nn.Module):
+        reduction = getattr(criterion, "reduction", None)
+        return reduction if isinstance(reduction, str) else None
+    try:
+        parameter = inspect.signature(criterion).parameters.get("reduction")
+    except (TypeError, ValueError):  # a builtin without a signature has no reduction to ask for
+        return None
+    if parameter is None:
+        return None
+    return parameter.default if isinstance(parameter.default, str) else "mean"
 
 
 def _name(function: Callable[..., Any]) -> str:

@@ -58,7 +58,7 @@ def layers_in_sum(
                 call=call,
                 weight=call.weight.detach(),
                 counts_weight=call.weight.requires_grad,
-                counts_bias=call.bias is not None and call.bias.requires_grad,
+                counts_bias=call.bias is not None and call.bias.requires_grad and id(call.bias) in names,
                 delta_sq_norms=delta_sq_norms,
             )
         )
@@ -90,9 +90,9 @@ def _reason_to_exclude(
         return "its rows are not one for every sample"
     if id(call.weight) not in names:
         return "its weight is computed from other parameters"
-    trainable = [p for p in (call.weight, call.bias) if p is not None and p.requires_grad]
+    trainable = [p for p in (call.weight, call.bias) if p is not None and p.requires_grad and id(p) in names]
     if not trainable:
-        return "its weight and bias are frozen, so it has no term on either side"
+        return "its weight and bias are frozen (or the bias is computed), so it has no term on either side"
     if any(edges[id(p)] > 1 for p in trainable):
         return "its weight or bias is used more than once, so their gradients are sums in which terms can cancel"
     if not call.input.requires_grad:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from operator import itemgetter
@@ -118,9 +118,10 @@ def evaluate_terms(
         scalar.deltas |= _needs_deltas(term)
     known = data_loss = None
     if data is not None and _one_backward_pass_does(terms, data, create_graph):
-        known = scalars[data].known_mean(x)
+        mean_f = scalars[_source_key(data.source)]
+        known = mean_f.known_mean(x)
         value = data.data_loss(recording.output, y).detach()
-        multiple = data.over_mean(value, known.loss, scalars[data].f.shape[0])
+        multiple = data.over_mean(value, known.loss, mean_f.f.shape[0])
         data_loss = value + multiple * (known.loss - known.loss.detach())
     norms = []
     for term, criterion in terms:
@@ -141,7 +142,8 @@ def _one_backward_pass_does(terms: Sequence[tuple[Term, Criterion]], data: Crite
         bool(terms)
         and data.follows_mean
         and all(
-            _scalar_key(term, criterion) is data and (_is_batch_difference(term) or not create_graph)
+            _scalar_key(term, criterion) == _source_key(data.source)
+            and (_is_batch_difference(term) or not create_graph)
             for term, criterion in terms
         )
     )
@@ -341,7 +343,11 @@ def _finite_difference_norms(
 
 
 def _scalar_key(term: Term, criterion: Criterion) -> Any:
-    return term.of if isinstance(term, InputTerm) and term.of != "loss" else criterion
+    return _source_key(term.of if isinstance(term, InputTerm) and term.of != "loss" else criterion.source)
+
+
+def _source_key(source: Any) -> Any:
+    return source if isinstance(source, Hashable) else id(source)  # a criterion may be a dataclass
 
 
 def _needs_deltas(term: Term) -> bool:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from gradpen._graph import walk_graph
+from gradpen._graph import reached_around, walk_graph
 from gradpen._numerics import divide_or_zero, row_sq_norm, total_sq_norm
 from gradpen.recording import RngState, call_with, float_tensors, map_floats
 
@@ -94,6 +94,9 @@ def param_norm(
         scheme: "forward", "backward" or "central".
         step: length r of the displacement, so that ε = r/‖∇_θ L‖.
         rng: the generators' state before the forward pass that gave L.
+
+    Raises:
+        RuntimeError: if L depends on a parameter that the model's forward pass is not alone to use.
     """
     found = {name: known.gradient_of[id(p)] for name, p in parameters.items() if id(p) in known.gradient_of}
     if not found:
@@ -107,7 +110,9 @@ def param_norm(
             for name, gradient in found.items()
         }
         with rng.replayed():
-            return scalar(call_with(model, moved, x)).mean()
+            value = scalar(call_with(model, moved, x)).mean()
+        _check_displaced(reached_around(value, parameters, list(moved.values())))
+        return value
 
     return _norm_with_gradient(norm, _difference_quotient(displaced, known.loss, scheme, step))
 
@@ -119,6 +124,16 @@ def _difference_quotient(displaced: Callable[[float], Tensor], here: Tensor, sch
         case "backward":
             return (here - displaced(-step)) / step
     return (displaced(step) - displaced(-step)) / (2 * step)
+
+
+def _check_displaced(around: Sequence[str]) -> None:
+    """A finite difference is that of the whole f only if f sees nothing but the displaced parameters."""
+    if around:
+        raise RuntimeError(
+            f"expected {', '.join(around)} to be used by the modules of the model alone, but the criterion, or what is no "
+            'part of the model, uses them too, and a finite difference cannot displace them there: use method="exact", '
+            "which counts every use, or leave them out with parameters=…"
+        )
 
 
 def _norm_with_gradient(norm: Tensor, quotient: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ def evaluate_inequality(
 
     Raises:
         TypeError: if there is no floating-point input, or the model does not return one tensor.
-        ValueError: on an unknown option, a parameter type other than float32 and float64, or a frozen model.
+        ValueError: on an unknown option, a parameter type other than float32 and float64, a frozen model, or NaN.
         RuntimeError: if a BatchNorm layer in training mode (named) or anything else mixes the samples.
 
     Example:
@@ -96,6 +96,7 @@ def evaluate_inequality(
         recording = record_forward(model, x, input_grad=True, calls=True)
         cotangents = output_cotangents(recording.output, y, of, criterion)
         _checks.check_input_rows(recording.inputs, recording.output.shape[0])
+        _check_finite(recording.output, *cotangents.directions)
         sides = both_sides(model, x, recording, cotangents, parameters, rng)
         layers, excluded = layers_in_sum(model, recording, sides, parameters)
         operators = jacobian_operators(recording, layers)
@@ -123,7 +124,7 @@ def _assemble(
         rhs=sides.param_sq_norm,
         lhs_lower=lhs_lower,
         lhs_upper=lhs_upper,
-        holds=lhs_lower <= sides.param_sq_norm * (1 + allowance),
+        holds=~(lhs_lower > sides.param_sq_norm * (1 + allowance)),  # what overflowed is no violation
         input_grad_sq_norm=sides.input_sq_norm,
         param_grad_sq_norm=sides.param_sq_norm,
         batch_grad_sq_norm=sides.batch_sq_norm,
@@ -181,6 +182,16 @@ def _usable(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor
 
 
+def _check_finite(output: Tensor, *directions: Tensor) -> None:
+    finite = torch.stack([tensor.isfinite().reshape(len(output), -1).all(1) for tensor in (output, *directions)])
+    samples = (~finite.all(0)).nonzero().flatten().tolist()
+    if samples:
+        raise ValueError(
+            f"expected finite outputs and gradients, got NaN or infinity for {len(samples)} of {len(output)} samples, the "
+            f"first of them sample {samples[0]}: leave them out, or see whether the training has diverged"
+        )
+
+
 def _check_precision(parameters: Mapping[str, Tensor]) -> None:
     for name, parameter in parameters.items():
         if parameter.dtype not in (torch.float32, torch.float64):
@@ -188,3 +199,7 @@ def _check_precision(parameters: Mapping[str, Tensor]) -> None:
                 f"expected float32 or float64 parameters, got {parameter.dtype} in {name!r}: norms in a denominator "
                 "need the precision; evaluate a copy, copy.deepcopy(model).float()"
             )
+    types = {parameter.dtype: name for name, parameter in parameters.items()}
+    if len(types) > 1:
+        came = " and ".join(f"{dtype} in {name!r}" for dtype, name in types.items())
+        raise ValueError(f"expected parameters of one type, got {came}: evaluate a copy, copy.deepcopy(model).double()")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from gradpen import closed_form
-from gradpen._graph import walk_graph
+from gradpen._graph import GraphShape, graph_shape
 from gradpen._numerics import rounding_tolerance
 from gradpen.gradients import SampleGradients, sample_gradients
 from gradpen.recording import Recording
@@ -21,43 +22,18 @@ def find_mixed_calls(
 ) -> frozenset[int]:
     """Calls with a row that more than one sample reaches, found by one more backward pass; errors for the inputs.
 
-    With c_i f_i in place of f_i, a row that belongs to sample i alone is multiplied by c_i. The answer depends on how
-    the model lays out its batch and on the code of the scalar, so it is kept for these, and costs nothing from then on.
+    With c_i f_i in place of f_i, a row that belongs to sample i alone is multiplied by c_i. The answer depends on the
+    operations in the graph of f and on how the model lays out its batch. It is kept for these, and looked at again after 1,
+    2, 4, 8, … uses: a path that was multiplied by 0 may have opened.
 
     Raises:
         RuntimeError: if a gradient shows that f_i depends on the input or the output of other samples than i.
     """
-    batch_size = f.shape[0]
-    if batch_size == 1:
+    if f.shape[0] == 1:
         return frozenset()
-    known, key = _mixed_calls.setdefault(model, {}), _key(model, scalar, recording, gradients, batch_size)
-    if key in known and not _is_ambiguous(f, recording, gradients, batch_size):
-        return known[key]
-    check_scalar_rows(f, recording.output)
-    factors = _row_factors(f)
-    scaled = sample_gradients(
-        (f * factors).sum(),
-        recording,
-        inputs=bool(gradients.inputs),
-        deltas=bool(gradients.deltas),
-        create_graph=False,
-    )
-    for before, after in zip(gradients.inputs, scaled.inputs, strict=True):
-        if not rows_scaled(before, after, factors):
-            raise RuntimeError(
-                "expected f_i to depend on sample i alone, but its gradient reaches the inputs of other samples: the "
-                "model (or the criterion) mixes the samples of a batch (dimension 0), so a gradient penalty of "
-                "single samples is not defined"
-            )
-    mixed = frozenset(
-        index for index, delta in gradients.deltas.items() if not rows_scaled(delta, scaled.deltas[index], factors)
-    )
-    if all(bool(gradient.any()) for gradient in (*gradients.inputs, *gradients.deltas.values())):
-        known[key] = mixed  # a gradient that is zero throughout proves nothing about the next batch
-    return mixed
-
-
-_mixed_calls: weakref.WeakKeyDictionary[nn.Module, dict[Any, frozenset[int]]] = weakref.WeakKeyDictionary()
+    key = _key(model, f, scalar, recording, gradients)
+    known = _recall(model, key, f, recording, gradients)
+    return _try_out(model, key, f, recording, gradients) if known is None else known
 
 
 def check_inputs_unmixed(model: nn.Module, f: Tensor, scalar: Callable[[Any], Tensor], recording: Recording) -> None:
@@ -66,22 +42,97 @@ def check_inputs_unmixed(model: nn.Module, f: Tensor, scalar: Callable[[Any], Te
     Raises:
         RuntimeError: if f_i depends on the input or the output of other samples than i.
     """
+    if f.shape[0] == 1:
+        return
     shaped = SampleGradients(recording.inputs, {})
-    known = _key(model, scalar, recording, shaped, len(f)) in _mixed_calls.get(model, {})
-    if not known or _is_ambiguous(f, recording, shaped, len(f)):
+    key = _key(model, f, scalar, recording, shaped)
+    if _recall(model, key, f, recording, shaped) is None:
         found = sample_gradients(f.sum(), recording, inputs=True, deltas=False, create_graph=False)
-        find_mixed_calls(model, f, scalar, recording, found)
+        _try_out(model, key, f, recording, found)
+
+
+@dataclass
+class _Verdict:
+    mixed: frozenset[int]
+    uses: int = 0
+
+
+_verdicts: weakref.WeakKeyDictionary[nn.Module, dict[_Key, _Verdict]] = weakref.WeakKeyDictionary()
+_MAX_VERDICTS = 256  # a model may build another graph on every call
+
+
+def _recall(
+    model: nn.Module, key: _Key, f: Tensor, recording: Recording, gradients: SampleGradients
+) -> frozenset[int] | None:
+    """What was found for this key, or None if it is to be found out (again)."""
+    verdict = _verdicts.get(model, {}).get(key)
+    if verdict is None or _is_ambiguous(key.graph.kinds, recording, gradients, f.shape[0]):
+        return None
+    verdict.uses += 1
+    return None if verdict.uses.bit_count() == 1 else verdict.mixed
+
+
+def _try_out(
+    model: nn.Module, key: _Key, f: Tensor, recording: Recording, gradients: SampleGradients
+) -> frozenset[int]:
+    """Scale the f_i apart, see which rows follow, and remember it."""
+    check_scalar_rows(f, recording.output)
+    factors, tolerance = _row_factors(f), _tolerance(f, recording, gradients)
+    scaled = sample_gradients(
+        (f * factors).sum(),
+        recording,
+        inputs=bool(gradients.inputs),
+        deltas=bool(gradients.deltas),
+        create_graph=False,
+    )
+    for before, after in zip(gradients.inputs, scaled.inputs, strict=True):
+        if not rows_scaled(before, after, factors, tolerance):
+            raise RuntimeError(
+                "expected f_i to depend on sample i alone, but its gradient reaches the inputs of other samples: the "
+                "model (or the criterion) mixes the samples of a batch (dimension 0), so a gradient penalty of "
+                "single samples is not defined"
+            )
+    mixed = frozenset(
+        index
+        for index, delta in gradients.deltas.items()
+        if not rows_scaled(delta, scaled.deltas[index], factors, tolerance)
+    )
+    known = _verdicts.setdefault(model, {})
+    before_this = known.get(key, _Verdict(frozenset()))
+    mixed |= before_this.mixed
+    if all(_tells(gradient) for gradient in (*gradients.inputs, *gradients.deltas.values())):
+        if len(known) >= _MAX_VERDICTS:
+            known.clear()
+        known[key] = _Verdict(mixed, before_this.uses)
+    return mixed
+
+
+def _tells(gradient: Tensor) -> bool:
+    """Whether a gradient proves anything about the next batch: zeros and NaN do not."""
+    return bool(gradient.any() & gradient.isfinite().all())
+
+
+def _tolerance(f: Tensor, recording: Recording, gradients: SampleGradients) -> float:
+    """What rounding alone does not reach in the narrowest type of the model: it may cast inside."""
+    tensors = [f, *gradients.inputs, *gradients.deltas.values(), *[call.input for call in recording.calls]]
+    return max(rounding_tolerance(tensor) for tensor in tensors if tensor.is_floating_point())
+
+
+class _Key(NamedTuple):
+    """What the answer depends on."""
+
+    graph: GraphShape
+    training: bool
+    inputs: int
+    layout: tuple[bool, ...]  # for every call: whether dimension 0 of its input has the batch's size
+    code: Any
 
 
 def _key(
-    model: nn.Module,
-    scalar: Callable[[Any], Tensor],
-    recording: Recording,
-    gradients: SampleGradients,
-    batch_size: int,
-) -> Any:
-    layout = tuple(recording.calls[index].input.shape[:1] == (batch_size,) for index in gradients.deltas)
-    return model.training, len(gradients.inputs), layout, _code_of(scalar)
+    model: nn.Module, f: Tensor, scalar: Callable[[Any], Tensor], recording: Recording, gradients: SampleGradients
+) -> _Key:
+    layout = tuple(recording.calls[index].input.shape[:1] == f.shape[:1] for index in gradients.deltas)
+    return _Key(graph_shape(f), model.training, len(gradients.inputs), layout, _code_of(scalar))
 
 
 def check_unambiguous(root: Tensor, recording: Recording, gradients: SampleGradients, batch_size: int) -> None:
@@ -90,7 +141,7 @@ def check_unambiguous(root: Tensor, recording: Recording, gradients: SampleGradi
     Raises:
         RuntimeError: if there are as many positions as samples, or rows are picked by index.
     """
-    if batch_size > 1 and _is_ambiguous(root, recording, gradients, batch_size):
+    if batch_size > 1 and _is_ambiguous(graph_shape(root).kinds, recording, gradients, batch_size):
         raise RuntimeError(
             f"a layer sees as many positions (tokens, pixels) as there are samples, {batch_size}, or rows that were picked "
             "by index, so it cannot be told which dimension counts samples: say which part of the module is the model "
@@ -98,13 +149,13 @@ def check_unambiguous(root: Tensor, recording: Recording, gradients: SampleGradi
         )
 
 
-def _is_ambiguous(root: Tensor, recording: Recording, gradients: SampleGradients, batch_size: int) -> bool:
+def _is_ambiguous(kinds: Collection[str], recording: Recording, gradients: SampleGradients, batch_size: int) -> bool:
     """Whether the next batch may be laid out otherwise though all shapes agree."""
     calls = [recording.calls[index] for index in gradients.deltas]
     return (
         any(batch_size in closed_form.position_shape(call) for call in calls)
         or any(batch_size in gradient.shape[1:-1] for gradient in gradients.inputs)
-        or any(type(node).__name__.startswith(_REORDERING) for node in walk_graph(root).nodes)
+        or any(kind.startswith(_REORDERING) for kind in kinds)
     )
 
 
@@ -123,7 +174,8 @@ def check_scalar_rows(f: Tensor, output: Any) -> None:
     factors = _row_factors(f)
     (gradient,) = torch.autograd.grad(f.sum(), output, retain_graph=True, allow_unused=True)
     (scaled,) = torch.autograd.grad((f * factors).sum(), output, retain_graph=True, allow_unused=True)
-    if gradient is not None and not rows_scaled(gradient, scaled, factors):
+    tolerance = max(rounding_tolerance(f), rounding_tolerance(output))
+    if gradient is not None and not rows_scaled(gradient, scaled, factors, tolerance):
         raise RuntimeError(
             "expected f_i to depend on the output of sample i alone, but the criterion mixes the samples of a batch "
             "(dimension 0), so a gradient penalty of single samples is not defined"
@@ -142,10 +194,11 @@ def _code_of(function: Any) -> Any:
     return getattr(function, "__code__", type(function))
 
 
-def rows_scaled(before: Tensor, after: Tensor, factors: Tensor) -> bool:
-    """Whether every row i of `after` is factors_i times that of `before`, up to rounding."""
+def rows_scaled(before: Tensor, after: Tensor, factors: Tensor, tolerance: float) -> bool:
+    """Whether every row i of `after` is factors_i times that of `before`, up to rounding; NaN and infinities aside."""
     if before.shape[0] != factors.shape[0]:
         return False
-    before = before.detach()
-    expected = before * factors.reshape(-1, *[1] * (before.dim() - 1)).to(before.dtype)
-    return bool((after - expected).norm() <= rounding_tolerance(before) * expected.norm())
+    expected = before.detach() * factors.reshape(-1, *[1] * (before.dim() - 1)).to(before.dtype)
+    finite = expected.isfinite() & after.isfinite()
+    expected, error = torch.where(finite, expected, 0), torch.where(finite, after - expected, 0)
+    return bool(error.norm() <= tolerance * expected.norm())

@@ -6,15 +6,17 @@ go through `torch.func`: one forward pass with a copy of these parameters for ev
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from gradpen import closed_form
-from gradpen._graph import GraphWalk, walk_graph
+from gradpen._graph import GraphWalk, reached_around, walk_graph
 from gradpen._numerics import full_precision, rounding_tolerance, row_sq_norm, sum_tensors, total_sq_norm
 from gradpen.gradients import SampleGradients, check_differentiable
 from gradpen.mixing import find_mixed_calls
@@ -48,8 +50,12 @@ def plan_parameters(
         parameters: name → parameter.
         mixed_calls: calls whose rows are not one sample each (`find_mixed_calls`).
         batch_size: B.
+
+    Raises:
+        RuntimeError: if a reentrant checkpoint hides parameters.
     """
     walk = walk_graph(root)
+    _check_nothing_hidden(walk)
     uses = _uses_by_parameter(recording.calls, walk)
     plan = ParameterPlan({}, [])
     for name, parameter in parameters.items():
@@ -100,7 +106,7 @@ def param_sq_norm(
         create_graph: keep the result differentiable.
 
     Raises:
-        RuntimeError: if samples are mixed, or the model draws random numbers that cannot be drawn again.
+        RuntimeError: if samples are mixed.
     """
     batch_size = f.shape[0]
     mixed = find_mixed_calls(model, f, scalar, recording, gradients)
@@ -139,11 +145,21 @@ def closed_loss_sq_norm(
 def batch_param_sq_norm(f: Tensor, parameters: Sequence[Tensor], *, create_graph: bool = True) -> Tensor:
     """‖∇_θ mean_i f_i‖²: shape (1,)."""
     check_differentiable(f)
+    _check_nothing_hidden(walk_graph(f))
     gradients = torch.autograd.grad(
         f.mean(), list(parameters), create_graph=create_graph, retain_graph=True, allow_unused=True
     )
     found = [gradient for gradient in gradients if gradient is not None]
     return total_sq_norm(found).reshape(1) if found else f.new_zeros(1)
+
+
+def _check_nothing_hidden(walk: GraphWalk) -> None:
+    """What a reentrant checkpoint holds is no part of the graph: its gradients would count as 0."""
+    if any(type(node).__name__ == "CheckpointFunctionBackward" for node in walk.nodes):
+        raise RuntimeError(
+            "expected parameters that torch.autograd.grad can reach, but torch.utils.checkpoint.checkpoint(…, "
+            "use_reentrant=True) hides those that it was called on: pass use_reentrant=False"
+        )
 
 
 def closed_param_sq_norm(
@@ -236,21 +252,24 @@ def _mapped_sq_norm(
 
     def one_sample(copied: dict[str, Tensor], sample: Any) -> Any:
         output = call_with(model, copied, map_tensors(sample, lambda tensor: tensor.unsqueeze(0)))
-        return map_tensors(output, lambda tensor: tensor.squeeze(0))
+        return tree_map_only(Tensor, lambda tensor: tensor.squeeze(0), output)
 
     in_dims = (0, map_leaves(x, lambda leaf: 0 if isinstance(leaf, Tensor) else None))
     try:
-        with rng.replayed():
+        with rng.replayed(), _inference_kernels_off():
             output = torch.vmap(one_sample, in_dims, randomness="different")(by_sample, x)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # ValueError: outputs of a type that vmap does not know
+        obstacle = f"torch.func.vmap cannot run the model: {_first_line(error)}"
+    else:
+        mapped_f = scalar(output)
+        obstacle = _obstacle(f, mapped_f, parameters, list(copies.values()))
+    if obstacle:
+        _check_rows_apart(model, x, batch_size, scalar, list(parameters), rng)
         warnings.warn(
-            f"the gradients of {', '.join(parameters)} are computed one sample at a time, which is slow, because "
-            f"torch.func.vmap cannot run the model: {str(error).splitlines()[0]}",
+            f"the gradients of {', '.join(parameters)} are computed one sample at a time, which is slow, because {obstacle}",
             stacklevel=2,
         )
         return _looped_sq_norm(f, list(parameters.values()), group_of, create_graph)
-    mapped_f = scalar(output)
-    _check_same_values(f, mapped_f, list(parameters))
     gradients = torch.autograd.grad(
         (mapped_f / sizes[group_of]).sum(),
         list(copies.values()),
@@ -258,6 +277,57 @@ def _mapped_sq_norm(
         allow_unused=True,
     )
     return sum_tensors([row_sq_norm(gradient) for gradient in gradients if gradient is not None])
+
+
+def _obstacle(f: Tensor, mapped_f: Tensor, parameters: Mapping[str, Tensor], copies: Sequence[Tensor]) -> str:
+    """Why the forward pass by samples is not that of the batch; "" if it is."""
+    around = reached_around(mapped_f, parameters, copies)
+    if around:
+        return f"the criterion, or what is no part of the model, uses {', '.join(around)}"
+    tolerance = rounding_tolerance(f)
+    if not torch.allclose(f.detach(), mapped_f.detach(), rtol=tolerance, atol=tolerance, equal_nan=True):
+        return "the model draws random numbers (a dropout mask, say) that are others when it runs sample by sample"
+    return ""
+
+
+def _check_rows_apart(
+    model: nn.Module, x: Any, batch_size: int, scalar: ScalarFn, names: Sequence[str], rng: RngState
+) -> None:
+    """Replace every other sample by its neighbour: the f_i of those that stay must stay."""
+    odd = torch.arange(batch_size) % 2 == 1
+
+    def f_with_neighbours_at(replaced: Tensor) -> Tensor:
+        rows = torch.arange(batch_size) - replaced.long()
+        with rng.replayed():
+            return scalar(call_with(model, {}, map_tensors(x, lambda tensor: tensor[rows.to(tensor.device)]))).detach()
+
+    expected = f_with_neighbours_at(torch.zeros_like(odd))
+    tolerance = rounding_tolerance(expected)
+    for replaced in (odd, ~odd):
+        kept = (~replaced).to(expected.device)
+        came = f_with_neighbours_at(replaced)
+        if not torch.allclose(came[kept], expected[kept], rtol=tolerance, atol=tolerance, equal_nan=True):
+            raise RuntimeError(
+                "expected f_i to depend on sample i alone, but it changes with other samples: the model mixes the samples "
+                "of a batch (dimension 0), or its random numbers depend on them, so the gradients of "
+                f"{', '.join(names)} for single samples are not defined: exclude these parameters with parameters=…, or "
+                'use over="batch"'
+            )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+@contextlib.contextmanager
+def _inference_kernels_off() -> Iterator[None]:
+    """Under vmap nothing seems to require grad, and transformer layers in eval mode take kernels without derivatives."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def _looped_sq_norm(f: Tensor, parameters: Sequence[Tensor], group_of: Tensor, create_graph: bool) -> Tensor:
@@ -273,15 +343,3 @@ def _looped_sq_norm(f: Tensor, parameters: Sequence[Tensor], group_of: Tensor, c
         )
         norms.append(total_sq_norm([gradient for gradient in gradients if gradient is not None]))
     return torch.stack(norms)
-
-
-def _check_same_values(f: Tensor, mapped_f: Tensor, names: list[str]) -> None:
-    """The second forward pass must have been the first one, dropout masks and all."""
-    tolerance = rounding_tolerance(f)
-    if not torch.allclose(f.detach(), mapped_f.detach(), rtol=tolerance, atol=tolerance, equal_nan=True):
-        raise RuntimeError(
-            f"the gradients of {', '.join(names)} have no closed form, and the forward pass that finds them sample "
-            "by sample gave other values than the batch did: either the model mixes the samples of a batch "
-            "(dimension 0), or it draws random numbers that cannot be drawn again sample by sample. Exclude these "
-            'parameters with parameters=…, or use over="batch"'
-        )

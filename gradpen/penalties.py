@@ -55,6 +55,7 @@ class GradPenalty(nn.Module):
         Returns:
             A differentiable 0-dim tensor; 0 on the steps that ``every_n_steps`` leaves out.
         """
+        _checks.check_model(model)
         factor = self.advance(model)
         if factor is None:
             return _zero(model, x)
@@ -92,7 +93,11 @@ class GradPenalty(nn.Module):
 
     def extra_repr(self) -> str:
         """The settings, as the constructor takes them."""
-        return f"weight={self.weight}, {self.term}, squared={self.squared}, every_n_steps={self.every_n_steps}"
+        own = {
+            name: getattr(self, name) for name in ("weight", "squared", "target", "one_sided") if hasattr(self, name)
+        }
+        settings = {**own, **vars(self.term), "every_n_steps": self.every_n_steps, "name": self.name}
+        return ", ".join(f"{name}={value!r}" for name, value in settings.items() if value is not None)
 
 
 class InputGradPenalty(GradPenalty):
@@ -154,8 +159,8 @@ class InputGradPenalty(GradPenalty):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(weight, criterion=criterion, squared=squared, every_n_steps=every_n_steps, name=name)
-        if target is not None and not target >= 0:
-            raise ValueError(f"target must be a norm >= 0 or None, got {target}")
+        if target is not None:
+            _checks.check_norm_target(target)
         if one_sided and target is None:
             raise ValueError("one_sided=True penalises norms above a target, so it expects target=…, got None")
         self.term = InputTerm(of, method, num_projections, scheme, step, generator)
@@ -285,6 +290,11 @@ class PenalizedLoss(nn.Module):
 
     def __init__(self, criterion: Callable[..., Tensor], *penalties: GradPenalty) -> None:
         super().__init__()
+        if isinstance(criterion, GradPenalty):
+            raise TypeError(
+                f"expected the criterion of the data loss first, got {type(criterion).__name__}: "
+                "PenalizedLoss(F.cross_entropy, InputGradPenalty(0.1))"
+            )
         for penalty in penalties:
             if not isinstance(penalty, GradPenalty):
                 raise TypeError(
@@ -304,6 +314,7 @@ class PenalizedLoss(nn.Module):
             x: input of shape (B, …), or a tuple or dict of inputs.
             y: target of shape (B, …), as the criterion takes it.
         """
+        _checks.check_model(model)
         penalties = [penalty for penalty in self.penalties if isinstance(penalty, GradPenalty)]
         factors = [penalty.advance(model) for penalty in penalties]
         due = [(penalty, factor) for penalty, factor in zip(penalties, factors, strict=True) if factor is not None]

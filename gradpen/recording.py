@@ -195,11 +195,23 @@ class InputGate:
         """Whether `tensor` is one of the aliases or a view of one, so that nothing but x lies behind it."""
         if not self._aliases or torch.is_autocast_enabled(tensor.device.type):  # autocast would cast inside F.linear
             return False
+        if (
+            _saved_tensors_are_hooked()
+        ):  # a checkpoint runs F.linear again in the backward pass and compares what is saved
+            return False
         node = tensor.grad_fn
         while node is not None and type(node).__name__ in _VIEW_NODES:
             node = node.next_functions[0][0]
         leaf = tensor if tensor.is_leaf else getattr(node, "variable", None)
         return id(leaf) in self._aliases
+
+
+def _saved_tensors_are_hooked() -> bool:
+    """Whether saved tensors go through hooks (checkpoints, offloading); torch before 2.8 cannot tell, so they may."""
+    if torch.compiler.is_compiling():  # dynamo does not trace the question
+        return True
+    top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top_hooks is None or top_hooks(False) is not None
 
 
 _VIEW_NODES = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "UnsqueezeBackward0", "AliasBackward0")

@@ -114,8 +114,8 @@ class InequalityReport:
 
     @property
     def undefined(self) -> int:
-        """For how many samples both sides are 0, so that there is no tightness."""
-        return int((self.rhs == 0).sum())
+        """For how many samples both sides are 0 (or overflowed), so that there is no tightness."""
+        return int(self.tightness.isnan().sum())
 
     @property
     def noise_trace(self) -> Tensor:

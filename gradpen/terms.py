@@ -71,6 +71,15 @@ class ParamTerm:
         _checks.check_choice("method", self.method, ("exact", "finite_difference"))
         _checks.check_choice("scheme", self.scheme, finite_difference.SCHEMES)
         _checks.check_positive("step", self.step)
+        if self.parameters is not None and not callable(self.parameters):
+            patterns = [self.parameters] if isinstance(self.parameters, str) else list(self.parameters)
+            strangers = [pattern for pattern in patterns if not isinstance(pattern, str)]
+            if strangers:
+                raise TypeError(
+                    "parameters must be a callable (name, parameter) → bool or glob patterns of names such as "
+                    f"['*.weight'], got a {type(strangers[0]).__name__} among the patterns"
+                )
+            object.__setattr__(self, "parameters", patterns)  # an iterator would be empty at the second call
 
     def group_size(self, batch_size: int) -> int:
         """Samples whose gradients are averaged before the norm is taken."""
@@ -109,8 +118,7 @@ def select_parameters(model: nn.Module, which: ParameterFilter | None) -> dict[s
     if callable(which):
         chosen = {name: p for name, p in trainable.items() if which(name, p)}
     else:
-        patterns = [which] if isinstance(which, str) else list(which)
-        chosen = {name: p for name, p in trainable.items() if any(fnmatch(name, pattern) for pattern in patterns)}
+        chosen = {name: p for name, p in trainable.items() if any(fnmatch(name, pattern) for pattern in which)}
     if not chosen:
         raise ValueError(f"parameters={which!r} selects none of {', '.join(trainable)}")
     return chosen

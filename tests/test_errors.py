@@ -21,6 +21,15 @@ def model() -> nn.Module:
     return cases.mlp(4, 6, 3)
 
 
+class OwnMean(nn.Module):
+    """A reduction that only its author knows."""
+
+    reduction = "mean_over_valid"
+
+    def forward(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return (output - target).square().mean()
+
+
 CONSTRUCTORS = [
     (lambda: InputGradPenalty(-0.1), ValueError, r"weight.*>= 0.*-0\.1"),
     (lambda: ParamGradPenalty(-0.1), ValueError, r"weight.*>= 0.*-0\.1"),
@@ -56,8 +65,14 @@ CONSTRUCTORS = [
     (lambda: InputGradPenalty(every_n_steps=0), ValueError, "every_n_steps.*>= 1.*0"),
     (lambda: InputGradPenalty(every_n_steps=1.5), TypeError, r"every_n_steps.*1\.5"),
     (lambda: InputGradPenalty(target=-1.0), ValueError, "target.*-1"),
+    (lambda: InputGradPenalty(target=math.inf), ValueError, "target.*inf"),
+    (lambda: InputGradPenalty(target="1"), ValueError, "target.*'1'"),
+    (lambda: ParamGradPenalty(parameters=list(model().parameters())), TypeError, r"\*\.weight.*Parameter"),
     (lambda: InputGradPenalty(one_sided=True), ValueError, "one_sided.*target"),
     (lambda: InputGradPenalty(criterion="mse"), TypeError, "criterion.*'mse'"),
+    (lambda: InputGradPenalty(criterion=OwnMean()), ValueError, "OwnMean.*mean.*got 'mean_over_valid'"),
+    (lambda: InputGradPenalty(criterion=nn.MSELoss), TypeError, r"class MSELoss.*MSELoss\(\)"),
+    (lambda: PenalizedLoss(InputGradPenalty()), TypeError, "criterion.*first.*InputGradPenalty"),
     (lambda: PenalizedLoss("mse"), TypeError, "criterion.*'mse'"),
     (lambda: PenalizedLoss(F.mse_loss, InputGradPenalty(), InputGradPenalty()), ValueError, "'input'.*name="),
     (lambda: PenalizedLoss(F.mse_loss, 0.1), TypeError, "InputGradPenalty.*float"),
@@ -110,6 +125,15 @@ class Detached(nn.Sequential):
 def test_calls_refuse(function, call, kind, words):
     with pytest.raises(kind, match=words):
         call(function)
+
+
+@pytest.mark.parametrize(
+    "call", [InputGradPenalty(), ParamGradPenalty(every_n_steps=2), PenalizedLoss(F.cross_entropy, InputGradPenalty())]
+)
+def test_a_penalty_wants_the_model_not_its_output(call):
+    for _ in range(2):
+        with pytest.raises(TypeError, match=r"nn\.Module.*Tensor.*\(model, x, y\)"):
+            call(model()(X), Y)
 
 
 @pytest.mark.parametrize("function", [*BOTH, evaluate_inequality])
@@ -205,6 +229,20 @@ def test_the_inequality_refuses_unknown_options(options, words):
 def test_the_inequality_wants_full_precision():
     with pytest.raises(ValueError, match=r"float32.*bfloat16.*float\(\)"):
         evaluate_inequality(model().bfloat16(), X.bfloat16(), Y)
+
+
+def test_the_inequality_wants_one_precision():
+    mixed = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3).double())
+    with pytest.raises(ValueError, match=r"float32 in '0\..*float64 in '1\..*double\(\)"):
+        evaluate_inequality(mixed, X, Y)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_the_inequality_wants_finite_outputs(value):
+    x = X.clone()
+    x[2, 1] = value
+    with pytest.raises(ValueError, match=r"finite.*1 of 5 samples.*sample 2"):
+        evaluate_inequality(model(), x, Y)
 
 
 def test_an_input_of_the_wrong_size_is_named():

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import cases
 import pytest
@@ -255,6 +259,135 @@ def test_a_criterion_that_mixes_samples_is_refused(function, called_before):
         function(model, x, y)
     with pytest.raises(RuntimeError, match="mixes the samples"):
         function(model, x, y, criterion=mixing)
+
+
+def rotated(h):
+    return torch.cat([h[1:], h[:1]])
+
+
+BRANCHES = {
+    "plain": lambda dense, x: dense(x).tanh(),
+    "centred": lambda dense, x: dense(x).tanh() - dense(x).tanh().mean(0),
+    "softmax": lambda dense, x: dense(x).softmax(0),
+    "shifted": lambda dense, x: rotated(dense(x).tanh()),
+    "batch_norm": lambda dense, x: F.batch_norm(dense(x), None, None, training=True),
+}
+
+
+class Branching(nn.Module):
+    """Does what it is told at the moment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense, self.head = nn.Linear(4, 4), nn.Linear(4, cases.CLASSES)
+        self.branch = BRANCHES["plain"]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.branch(self.dense, x))
+
+
+QUANTITIES = [
+    input_grad_sq_norm,
+    param_grad_sq_norm,
+    functools.partial(input_grad_sq_norm, of="output"),
+    functools.partial(input_grad_sq_norm, method="finite_difference"),
+]
+
+
+@pytest.mark.parametrize("function", QUANTITIES)
+@pytest.mark.parametrize("branch", ["centred", "softmax", "shifted", "batch_norm"])
+def test_a_model_that_begins_to_mix_samples_is_refused(function, branch):
+    model, (_, x, y, _) = Branching().double(), cases.find("relu").problem()
+    for _ in range(4):
+        function(model, x, y)
+    model.branch = lambda dense, x: dense(x).softmax(1)
+    function(model, x, y)
+    model.branch = BRANCHES[branch]
+    with pytest.raises(RuntimeError, match="mixes the samples"):
+        function(model, x, y)
+
+
+def test_a_model_that_begins_to_turn_rows_round():
+    model, (_, x, y, _) = Branching().double(), cases.find("relu").problem()
+    for shift in (0, 1, 3):
+
+        def turned(dense, x, shift=shift):
+            h = dense(torch.cat([x[shift:], x[:shift]])).tanh()
+            return torch.cat([h[len(x) - shift :], h[: len(x) - shift]])
+
+        model.branch = turned
+        check(param_grad_sq_norm(model, x, y), ref.param_grad_sq_norm(model, x, y, cases.cross_entropy_row), model)
+
+
+class Configured(nn.Module):
+    """A criterion that mixes samples if it is told to."""
+
+    def __init__(self, centre: bool) -> None:
+        super().__init__()
+        self.centre = centre
+
+    def forward(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(output - output.mean(0) if self.centre else output, target, reduction="none")
+
+
+CONFIGURED = {
+    "module": Configured,
+    "method": lambda centre: Configured(centre).forward,
+    "partial": lambda centre: functools.partial(lambda o, t, centre: Configured(centre)(o, t), centre=centre),
+    "closure": lambda centre: lambda o, t: Configured(centre)(o, t),
+}
+
+
+@pytest.mark.parametrize("function", [input_grad_sq_norm, param_grad_sq_norm])
+@pytest.mark.parametrize("kind", CONFIGURED)
+def test_a_criterion_of_the_same_code_that_mixes_samples_is_refused(function, kind):
+    model, x, y, _ = cases.find("relu").problem()
+    for _ in range(4):
+        function(model, x, y, criterion=CONFIGURED[kind](False))
+    with pytest.raises(RuntimeError, match="mixes the samples"):
+        function(model, x, y, criterion=CONFIGURED[kind](True))
+
+
+@pytest.mark.parametrize("function", QUANTITIES)
+def test_a_path_between_samples_that_opens_later_is_found(function):
+    model, (_, x, y, _) = Branching().double(), cases.find("relu").problem()
+    share = torch.zeros((), dtype=torch.float64)
+    model.branch = lambda dense, x: dense(x).tanh() + share * dense(x).tanh().mean(0)
+    for _ in range(5):
+        function(model, x, y)
+    share.fill_(1.0)
+
+    def five_more():
+        for _ in range(5):
+            function(model, x, y)
+
+    with pytest.raises(RuntimeError, match="mixes the samples"):
+        five_more()
+
+
+@pytest.mark.parametrize("function", QUANTITIES)
+def test_a_sample_that_is_not_a_number_spoils_no_other(function):
+    model, x, y, _ = cases.find("tanh").problem()
+    expected = function(model, x, y)
+    x[2, 1] = math.nan
+    for fresh in (model, copy.deepcopy(model)):
+        for _ in range(3):
+            actual = function(fresh, x, y)
+            assert actual.isnan().nonzero().flatten().tolist() == [2]
+            ref.assert_close(actual[3:], expected[3:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("function", QUANTITIES)
+def test_a_model_that_casts_inside_is_not_taken_for_one_that_mixes(function, dtype):
+    class Casting(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x.to(dtype)).to(x.dtype)
+
+    model, x, y, _ = cases.find("three_layers").problem()
+    plain = copy.deepcopy(model.to(dtype)).double()
+    actual = function(Casting(*model), x, y)
+    ref.assert_close(actual, function(plain, x, y), 0.1 if dtype is torch.bfloat16 else 1e-4)
 
 
 # ---- dropout and random numbers ---------------------------------------------------------------------------------------
@@ -525,26 +658,69 @@ def test_what_torch_cannot_map_over_samples_goes_through_a_loop(name, over):
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), twin.buffers(), strict=True))
 
 
+def test_a_loop_refuses_a_model_that_mixes_samples():
+    class CentredStates(Gated):
+        def forward(self, x):
+            h = self.cell(x)[0].mean(1)
+            return self.head(h - h.mean(0))
+
+    model, (_, x, y, _) = CentredStates(nn.GRU).double(), cases.find("tokens").problem()
+    with pytest.raises(RuntimeError, match="mixes the samples"):
+        param_grad_sq_norm(model, x, y)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_dropout_masks_that_cannot_be_drawn_sample_by_sample(batch_first):
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.4, batch_first=batch_first)
+
+        def forward(self, x):
+            h = x if batch_first else x.transpose(0, 1)
+            return self.layer(h).mean(1 if batch_first else 0)
+
+    model, (_, x, y, _) = cases.WithMathAttention(Encoder()).double(), cases.find("tokens").problem()
+    state = torch.get_rng_state()
+    with pytest.warns(UserWarning, match="random numbers"):
+        actual = param_grad_sq_norm(model, x, y)
+    torch.set_rng_state(state)
+    losses = F.cross_entropy(model(x), y, reduction="none")
+    check(actual, torch.stack([ref.sq_norm(ref.gradients(f, ref.trainable(model))) for f in losses]), model)
+
+
+class Logits(NamedTuple):
+    logits: torch.Tensor
+
+
+@dataclass
+class Output:
+    logits: torch.Tensor
+
+
 class Named(nn.Module):
-    """Returns a dict, as the models of transformers do."""
+    """Returns an object with a field, as many libraries do."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, kind: Callable[..., Any]) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.kind = model, kind
 
-    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"logits": self.model(x)}
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.kind(logits=self.model(x))
 
 
+@pytest.mark.filterwarnings("ignore:the gradients of")  # vmap takes no dataclasses, so there is a loop
+@pytest.mark.parametrize("kind", [dict, Logits, Output])
 @pytest.mark.parametrize("name", ["tanh", "custom_parameter", "conv2d"])
-def test_outputs_and_targets_of_any_structure(name):
+def test_outputs_and_targets_of_any_structure(name, kind):
     model, x, y, _ = cases.find(name).problem()
     scale = torch.rand(cases.B, dtype=torch.float64)
 
     def criterion(output, target):
-        return target["scale"] * F.cross_entropy(output["logits"], target["label"], reduction="none")
+        logits = output["logits"] if kind is dict else output.logits
+        return target["scale"] * F.cross_entropy(logits, target["label"], reduction="none")
 
-    wrapped, target = Named(model), {"label": y, "scale": scale}
+    wrapped, target = Named(model, kind), {"label": y, "scale": scale}
     row = lambda output, target: target[1] * cases.cross_entropy_row(output, target[0])  # noqa: E731
     pairs = list(zip(y, scale, strict=True))
     check(
@@ -575,11 +751,127 @@ def test_finite_differences_work_through_fused_attention():
         assert ref.relative_error(*gradients) < 1e-4
 
 
-def test_checkpointed_activations():
-    class Checkpointed(nn.Sequential):
-        def forward(self, x):
-            return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=False)
+class Checkpointed(nn.Module):
+    """The whole net, or all but its head, is run again in the backward pass."""
 
+    def __init__(self, plain: nn.Sequential, segments: int, reentrant: bool) -> None:
+        super().__init__()
+        self.plain, self.segments, self.reentrant = plain, segments, reentrant
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.segments == 1:
+            return torch.utils.checkpoint.checkpoint(self.plain, x, use_reentrant=self.reentrant)
+        return torch.utils.checkpoint.checkpoint_sequential(self.plain, 2, x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("segments", [1, 2])
+@pytest.mark.parametrize(
+    ("function", "oracle"),
+    [(input_grad_sq_norm, ref.input_grad_sq_norm), (param_grad_sq_norm, ref.param_grad_sq_norm)],
+)
+def test_checkpointed_activations(function, oracle, segments):
     plain, x, y, _ = cases.find("tanh").problem()
-    model = Checkpointed(*plain)
-    check(param_grad_sq_norm(model, x, y), ref.param_grad_sq_norm(plain, x, y, cases.cross_entropy_row), plain)
+    actual = function(Checkpointed(plain, segments, reentrant=False), x, y)
+    check(actual, oracle(plain, x, y, cases.cross_entropy_row), plain)
+
+
+@pytest.mark.parametrize("over", ["sample", "batch"])
+def test_a_reentrant_checkpoint_is_refused_before_it_hides_parameters(over):
+    plain, x, y, _ = cases.find("tanh").problem()
+    model = nn.Sequential(Checkpointed(plain, 1, reentrant=True), nn.Linear(3, 3)).double()
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        param_grad_sq_norm(model, x.requires_grad_(), y, over=over)
+
+
+class SpectralFilter(nn.Module):
+    """Complex parameters: a filter of the Fourier coefficients and a complex dense layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.filter = nn.Parameter(torch.randn(3, dtype=torch.cdouble))
+        self.dense = nn.Linear(3, 2, dtype=torch.cdouble)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.dense(torch.fft.rfft(x) * self.filter).abs()
+
+
+@pytest.mark.parametrize("over", ["sample", 2, "batch"])
+def test_complex_parameters_have_a_real_part_and_an_imaginary_part(over):
+    model, (_, x, _, _) = SpectralFilter(), cases.find("tanh").problem()
+    y = torch.randint(2, (cases.B,))
+    actual = param_grad_sq_norm(model, x, y, over=over)
+    groups = F.cross_entropy(model(x), y, reduction="none").split({"sample": 1, "batch": cases.B}.get(over, over))
+    gradients = [ref.gradients(group.mean(), ref.trainable(model)) for group in groups]
+    expected = torch.stack([ref.sq_norm([part for g in row for part in (g.real, g.imag)]) for row in gradients])
+    ref.assert_close(actual, expected)
+    pulls = (ref.gradients(value.sum(), ref.trainable(model)) for value in (actual, expected))
+    for pull, expected_pull in zip(*pulls, strict=True):
+        ref.assert_close(torch.view_as_real(pull), torch.view_as_real(expected_pull))
+    ref.assert_close(input_grad_sq_norm(model, x, y), ref.input_grad_sq_norm(model, x, y, cases.cross_entropy_row))
+
+
+class Force(nn.Module):
+    """−∇_x of an energy: the weights are used in the forward pass and again in its derivative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.energy = cases.mlp(4, 5, 1, activation=nn.Tanh)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x if x.requires_grad else x.detach().requires_grad_()
+        return -torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)[0]
+
+
+def test_a_model_that_differentiates_itself():
+    model, (_, x, _, _) = Force().double(), cases.find("tanh").problem()
+    y = torch.rand_like(x)
+    with pytest.warns(UserWarning, match="one sample at a time"):
+        actual = param_grad_sq_norm(model, x, y, criterion=F.mse_loss)
+    check(actual, ref.param_grad_sq_norm(model, x, y, cases.squared_error_row), model)
+    actual = input_grad_sq_norm(model, x, y, criterion=F.mse_loss)
+    check(actual, ref.input_grad_sq_norm(model, x, y, cases.squared_error_row), model)
+
+
+class Uncertain(nn.Module):
+    """A dense net with a log variance that only the criterion uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = cases.mlp(4, 6, 3, activation=nn.Tanh)
+        self.log_variance = nn.Parameter(torch.randn(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x)
+
+
+def uses_of_parameters_by_the_criterion():
+    model, (_, x, _, _) = Uncertain().double(), cases.find("tanh").problem()
+
+    def likelihood(output, target):
+        return ((output - target).square() * (-model.log_variance).exp() + model.log_variance).sum(1)
+
+    def decayed(output, target):
+        return (output - target).square().sum(1) + 0.1 * model.net[0].weight.square().sum()
+
+    return model, x, torch.rand(cases.B, 3, dtype=torch.float64), {"likelihood": likelihood, "decayed": decayed}
+
+
+@pytest.mark.filterwarnings("ignore:the gradients of")
+@pytest.mark.parametrize("over", ["sample", 2, "batch"])
+@pytest.mark.parametrize("name", ["likelihood", "decayed"])
+def test_parameters_that_the_criterion_uses(name, over):
+    model, x, y, criteria = uses_of_parameters_by_the_criterion()
+    row = lambda output, target: criteria[name](output[None], target[None])[0]  # noqa: E731
+    group = {"sample": 1, "batch": cases.B}.get(over, over)
+    expected = ref.param_grad_sq_norm(model, x, y, row, group=group)
+    check(param_grad_sq_norm(model, x, y, criterion=criteria[name], over=over), expected, model)
+
+
+@pytest.mark.parametrize("name", ["likelihood", "decayed"])
+def test_finite_differences_say_what_they_cannot_displace(name):
+    model, x, y, criteria = uses_of_parameters_by_the_criterion()
+    options = {"criterion": criteria[name], "over": "batch", "method": "finite_difference"}
+    with pytest.raises(RuntimeError, match=r"criterion.*exact.*parameters="):
+        param_grad_sq_norm(model, x, y, **options)
+    others = ["net.2.*"]
+    assert param_grad_sq_norm(model, x, y, parameters=others, **options) > 0

@@ -287,6 +287,17 @@ def test_rescaling_the_loss_in_float32_leaves_the_tightness(scale):
     assert report.undefined == report.violations == 0
 
 
+def test_what_overflows_is_undefined_and_no_violation():
+    model, x, y, _ = cases.find("relu").problem()
+    report = evaluate_inequality(
+        model, x, y, of=lambda o, t: o[:, 0] * torch.ones_like(o[:, 0]).masked_fill(t == 0, 1e200)
+    )
+    huge = y == 0
+    assert huge.any() and not huge.all()
+    assert torch.equal(report.tightness.isnan(), huge) and report.undefined == int(huge.sum())
+    assert report.violations == 0
+
+
 def test_an_all_but_certain_sample_still_has_a_tightness():
     model, x, y, _ = cases.find("three_layers").problem(dtype=torch.float32)
     with torch.no_grad():
@@ -366,6 +377,27 @@ def test_the_pointwise_convolution_of_the_counterexample():
     assert report.input_grad_sq_norm > 0 and report.rhs == 0
     assert report.layers == [] and len(report.excluded) == 1
     assert report.lhs == 0 and report.undefined == 1 and report.holds.all()
+
+
+class OneBiasForAll(nn.Module):
+    """A dense layer whose bias is one parameter, the same for all its units."""
+
+    def __init__(self, frozen: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([[1.0, 2.0], [3.0, 5.0]]), requires_grad=not frozen)
+        self.shift = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight, self.shift.expand(2))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_computed_bias_has_no_term_of_its_own(frozen):
+    model, x = OneBiasForAll(frozen).double(), torch.ones(3, 2, dtype=torch.float64)
+    report = evaluate_inequality(model, x, of=lambda o, t: o[:, 0] - o[:, 1])  # ∂f/∂shift = 1 − 1
+    assert report.holds.all() and (report.lhs <= report.rhs).all()
+    assert [layer.bias_lhs for layer in report.layers] == ([] if frozen else [None])
+    assert (report.rhs == 0).all() == frozen
 
 
 def test_tied_weights_whose_gradients_cancel():

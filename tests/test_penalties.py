@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import dataclass
 
 import cases
 import pytest
@@ -449,6 +450,42 @@ def test_penalties_have_no_parameters_and_print_their_settings():
     penalty = ParamGradPenalty(0.25, over=16, every_n_steps=4)
     assert list(penalty.parameters()) == []
     assert "0.25" in repr(penalty) and "16" in repr(penalty) and "every_n_steps=4" in repr(penalty)
+
+
+def test_what_a_penalty_prints_makes_it_again():
+    for penalty in (
+        InputGradPenalty(0.1, target=1.0, one_sided=True, every_n_steps=2, name="lipschitz"),
+        InputGradPenalty(of="output", method="projection", num_projections=3, squared=False),
+        ParamGradPenalty(0.2, over=4, method="finite_difference", scheme="central", step=0.1, parameters=["*.weight"]),
+    ):
+        again = eval(repr(penalty))
+        assert repr(again) == repr(penalty) and again.term == penalty.term
+        assert getattr(again, "target", None) == getattr(penalty, "target", None)
+
+
+@dataclass
+class Power:
+    """A criterion that has no hash."""
+
+    exponent: int
+
+    def __call__(self, output, target):
+        return (output - target).pow(self.exponent).sum(1)
+
+
+def test_a_dataclass_as_criterion(problem):
+    model, x, y, _ = problem
+    y, criterion = torch.rand_like(model(x)), Power(4)
+    out = PenalizedLoss(criterion, InputGradPenalty(), InputGradPenalty(of=Power(2), name="of"))(model, x, y)
+    row = lambda power: lambda output, target: (output - target).pow(power).sum()  # noqa: E731
+    ref.assert_close(out.penalties["input"], ref.input_grad_sq_norm(model, x, y, row(4)).mean())
+    ref.assert_close(out.penalties["of"], ref.input_grad_sq_norm(model, x, y, row(2)).mean())
+
+
+def test_patterns_from_an_iterator_last(problem):
+    model, x, y, _ = problem
+    penalty = ParamGradPenalty(parameters=(pattern for pattern in ["*.weight"]))
+    assert penalty(model, x, y) == penalty(model, x, y)
 
 
 # ---- hands off ----------------------------------------------------------------------------------------------------------
