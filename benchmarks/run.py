@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,11 +56,13 @@ def measure_all(setting: Setting, only: set[str], progress: Progress) -> Results
     chosen = {name: section for name, section in sections.SECTIONS.items() if not only or name in only}
     whole = progress.add_task("benchmarks", total=len(chosen))
     for name, section in chosen.items():
+        start = time.perf_counter()
         task = progress.add_task(name, total=1.0)
         found = section(setting, lambda share, task=task: progress.update(task, completed=min(share, 1.0)))
         for key, value in found.items():
             results.setdefault(key, []).extend(value) if isinstance(value, list) else results.update({key: value})
         progress.remove_task(task)
+        progress.console.print(f"{name}: {time.perf_counter() - start:.0f} s")
         progress.advance(whole)
     return results
 

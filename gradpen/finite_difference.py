@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from gradpen._graph import reached_around, walk_graph
 from gradpen._numerics import divide_or_zero, row_sq_norm, total_sq_norm
@@ -170,6 +169,11 @@ class _Replay(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @once_differentiable  # a second derivative would be 0, and wrong
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # it would be 0, and wrong
+            raise RuntimeError(
+                "expected a backward pass without create_graph=True: the gradient of this loss was computed together with "
+                'the penalty, so its second derivative is not there. Use method="exact" with a weight > 0, or compute what '
+                "is to be differentiated twice apart from the penalties"
+            )
         return None, None, *(gradient * grad_output for gradient in ctx.gradients)

@@ -875,3 +875,25 @@ def test_finite_differences_say_what_they_cannot_displace(name):
         param_grad_sq_norm(model, x, y, **options)
     others = ["net.2.*"]
     assert param_grad_sq_norm(model, x, y, parameters=others, **options) > 0
+
+
+# ---- values alone ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("over", ["sample", "batch", 2])
+@pytest.mark.parametrize("method", ["exact", "finite_difference"])
+@pytest.mark.parametrize("name", ["tanh", "custom_parameter", "conv2d"])
+def test_values_without_a_graph(name, over, method):
+    model, x, y, criterion = cases.find(name).problem()
+    settings = dict(criterion=criterion, over=over, method=method)
+    values = param_grad_sq_norm(model, x, y, **settings, create_graph=False)
+    assert not values.requires_grad
+    ref.assert_close(values, param_grad_sq_norm(model, x, y, **settings))
+
+
+@pytest.mark.parametrize("settings", [{}, {"of": "output"}, {"method": "finite_difference"}], ids=str)
+def test_input_values_without_a_graph(settings):
+    model, x, y, criterion = cases.find("tanh").problem()
+    values = input_grad_sq_norm(model, x, y, criterion=criterion, **settings, create_graph=False)
+    assert not values.requires_grad
+    ref.assert_close(values, input_grad_sq_norm(model, x, y, criterion=criterion, **settings))
