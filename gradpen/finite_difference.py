@@ -165,15 +165,29 @@ class _Replay(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *sources: Tensor) -> Tensor:
-        ctx.gradients = gradients
+        ctx.gradients, ctx.sources = gradients, sources
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # it would be 0, and wrong
-            raise RuntimeError(
-                "expected a backward pass without create_graph=True: the gradient of this loss was computed together with "
-                'the penalty, so its second derivative is not there. Use method="exact" with a weight > 0, or compute what '
-                "is to be differentiated twice apart from the penalties"
-            )
-        return None, None, *(gradient * grad_output for gradient in ctx.gradients)
+        scaled = [gradient * grad_output for gradient in ctx.gradients]
+        if torch.is_grad_enabled():  # create_graph=True: the gradients must not pass for constants
+            scaled = [
+                _DerivedOnce.apply(gradient, source) for gradient, source in zip(scaled, ctx.sources, strict=True)
+            ]
+        return None, None, *scaled
+
+
+class _DerivedOnce(torch.autograd.Function):
+    """A known gradient with respect to `source`, whose own derivative is not known."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, source: Tensor) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            "the second derivative of this loss is not there: its gradient was computed together with the penalty. Use "
+            'method="exact" with a weight > 0, or compute what is to be differentiated twice apart from the penalties'
+        )
