@@ -21,7 +21,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
 ]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "_generated"]  # the second holds what pages include
 default_role = "autolink"  # `name` in a docstring: a link if there is something of that name
 nitpicky = True
 nitpick_ignore_regex = [

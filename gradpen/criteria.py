@@ -6,9 +6,11 @@ import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradpen import _checks
@@ -25,6 +27,25 @@ class Criterion:
 
     source: Callable[..., Tensor]
     reduction: str | None
+
+    @property
+    def follows_mean(self) -> bool:
+        """Whether the data loss is known to be a multiple of mean_i f_i, so that one gradient gives the other."""
+        return self.reduction in (None, "none") or (
+            self.reduction in ("mean", "sum") and self._is(_MEANS | _WEIGHTED_MEANS)
+        )
+
+    def over_mean(self, data_loss: Tensor, mean: Tensor, batch_size: int) -> float | Tensor:
+        """The multiple that ``data_loss`` is of mean_i f_i, a constant to be multiplied by, if `follows_mean`."""
+        if self.reduction == "sum":
+            return float(batch_size)
+        if self._is(_WEIGHTED_MEANS):  # all f_i >= 0, so nothing cancels
+            return torch.where(mean > 0, data_loss / torch.where(mean > 0, mean, 1.0), 1.0).detach()
+        return 1.0
+
+    def _is(self, known: frozenset[Any]) -> bool:
+        function = self.source.func if isinstance(self.source, partial) else self.source
+        return type(function) in known or any(function is one for one in known)  # it may have no hash
 
     def data_loss(self, output: Any, target: Any) -> Tensor:
         """The loss one trains on, 0-dim: exactly ``source(output, target)`` wherever that is a scalar."""
@@ -52,6 +73,24 @@ class Criterion:
 
 
 _SUMMED = ("sum", "batchmean")  # both add up the entries of a sample; "batchmean" then averages over the samples
+
+
+# Losses whose mean is that of the f_i. Not so the CTC loss, which divides each f_i by another length.
+_MEANS: frozenset[Any] = frozenset(
+    {
+        *(
+            F.mse_loss,
+            F.l1_loss,
+            F.smooth_l1_loss,
+            F.huber_loss,
+            F.binary_cross_entropy,
+            F.binary_cross_entropy_with_logits,
+        ),
+        *(nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss),
+    }
+)
+# Losses whose mean is divided by the weights of the classes, or by the number of targets that are not ignored.
+_WEIGHTED_MEANS: frozenset[Any] = frozenset({F.cross_entropy, nn.CrossEntropyLoss})
 
 
 def _unreduced(module: nn.Module, output: Any, target: Any) -> Tensor:

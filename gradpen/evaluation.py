@@ -30,10 +30,11 @@ class GroupNorms(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """The model's output, and what each term came to."""
+    """The model's output, what each term came to, and the data loss if its gradient was found on the way."""
 
     output: Any
     norms: list[GroupNorms]
+    data_loss: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class _ScalarGradients:
 
     function: Scalar
     recording: Recording
+    create_graph: bool = True
     inputs: bool = False
     deltas: bool = False
 
@@ -61,17 +63,41 @@ class _ScalarGradients:
 
     @cached_property
     def gradients(self) -> gradients.SampleGradients:
-        return gradients.sample_gradients(self.f.sum(), self.recording, inputs=self.inputs, deltas=self.deltas)
+        return gradients.sample_gradients(
+            self.f.sum(), self.recording, inputs=self.inputs, deltas=self.deltas, create_graph=self.create_graph
+        )
+
+    def known_mean(self, x: Any) -> finite_difference.KnownGradient:
+        """mean_i f_i with its gradient computed now, and with it whatever gradients are wanted of the f_i."""
+        gradients.check_differentiable(self.f)
+        places = gradients.places_of(self.recording, inputs=self.inputs, deltas=self.deltas)
+        known = finite_difference.with_known_gradient(self.f.mean(), x, along=places)
+        rows = [None if gradient is None else gradient * len(self.f) for gradient in known.along]
+        self.gradients = gradients.gradients_at_places(rows, self.recording, inputs=self.inputs)
+        return known
 
 
-def evaluate_terms(model: nn.Module, x: Any, y: Any, terms: Sequence[tuple[Term, Criterion]]) -> Evaluation:
+def evaluate_terms(
+    model: nn.Module,
+    x: Any,
+    y: Any,
+    terms: Sequence[tuple[Term, Criterion]],
+    *,
+    data: Criterion | None = None,
+    create_graph: bool = True,
+) -> Evaluation:
     """Compute what the terms ask for from one forward pass; terms of the same f share one backward pass.
+
+    If nothing is going to be differentiated twice, the backward pass that the terms need gives the gradient of the data loss
+    as well: it is kept, and handed out when the data loss is differentiated.
 
     Args:
         model: any module.
         x: tensor, tuple or dict.
         y: target of the criteria.
         terms: (term, criterion) pairs.
+        data: criterion of the data loss, if that is going to be differentiated too.
+        create_graph: keep the squared norms differentiable.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `gradpen.functional` says.
@@ -88,19 +114,44 @@ def evaluate_terms(model: nn.Module, x: Any, y: Any, terms: Sequence[tuple[Term,
     forward = _Pass(model, x, recording, rng)
     scalars: dict[Any, _ScalarGradients] = {}
     for term, criterion in terms:
-        new = _ScalarGradients(term.scalar(criterion, y), recording)
+        new = _ScalarGradients(term.scalar(criterion, y), recording, create_graph)
         scalar = scalars.setdefault(scalar_key(term, criterion), new)
         scalar.inputs |= isinstance(term, InputTerm) and term.method == "exact"
         scalar.deltas |= needs_deltas(term)
+    known = data_loss = None
+    if data is not None and _one_backward_pass_does(terms, data, create_graph):
+        mean_f = scalars[_source_key(data.source)]
+        known = mean_f.known_mean(x)
+        value = data.data_loss(recording.output, y).detach()
+        multiple = data.over_mean(value, known.loss, mean_f.f.shape[0])
+        data_loss = value + multiple * (known.loss - known.loss.detach())
     norms = []
     for term, criterion in terms:
         scalar = scalars[scalar_key(term, criterion)]
         if isinstance(term, InputTerm):
             norms.append(_input_norms(forward, scalar, term))
         else:
-            norms.append(_param_norms(forward, scalar, term, criterion, y))
+            norms.append(_param_norms(forward, scalar, term, criterion, y, known))
+        if not create_graph:  # some of them had to build one
+            norms[-1] = norms[-1]._replace(sq_norms=norms[-1].sq_norms.detach())
     recording.gate.closed = True
-    return Evaluation(recording.output, norms)
+    return Evaluation(recording.output, norms, data_loss)
+
+
+def _one_backward_pass_does(terms: Sequence[tuple[Term, Criterion]], data: Criterion, create_graph: bool) -> bool:
+    """Whether all terms want first derivatives of the f that the data loss is made from."""
+    return (
+        bool(terms)
+        and data.follows_mean
+        and all(
+            scalar_key(term, criterion) == _source_key(data.source) and (_is_batch_difference(term) or not create_graph)
+            for term, criterion in terms
+        )
+    )
+
+
+def _is_batch_difference(term: Term) -> bool:
+    return isinstance(term, ParamTerm) and term.method == "finite_difference" and term.over == "batch"
 
 
 def evaluate_loss_terms(
@@ -250,15 +301,24 @@ def generic_combination(output: Tensor) -> Tensor:
     return rows @ torch.arange(1, rows.shape[1] + 1, device=rows.device, dtype=rows.dtype).cos()
 
 
-def _param_norms(forward: _Pass, scalar: _ScalarGradients, term: ParamTerm, criterion: Criterion, y: Any) -> GroupNorms:
+def _param_norms(
+    forward: _Pass,
+    scalar: _ScalarGradients,
+    term: ParamTerm,
+    criterion: Criterion,
+    y: Any,
+    known: finite_difference.KnownGradient | None,
+) -> GroupNorms:
     parameters = select_parameters(forward.model, term.parameters)
     f = scalar.f
     group_size = term.group_size(f.shape[0])
     sizes = term.group_sizes(f.shape[0], f)
     if term.method == "finite_difference":
-        return GroupNorms(_finite_difference_norms(forward, scalar, term, criterion, y, parameters).square(), sizes)
+        norms = _finite_difference_norms(forward, scalar, term, criterion, y, parameters, known)
+        return GroupNorms(norms.square(), sizes)
     if term.over == "batch":
-        return GroupNorms(param_norms.batch_param_sq_norm(f, list(parameters.values())), sizes)
+        sq_norm = param_norms.batch_param_sq_norm(f, list(parameters.values()), create_graph=scalar.create_graph)
+        return GroupNorms(sq_norm, sizes)
     sq_norms = param_norms.param_sq_norm(
         forward.model,
         forward.x,
@@ -269,6 +329,7 @@ def _param_norms(forward: _Pass, scalar: _ScalarGradients, term: ParamTerm, crit
         parameters,
         group_size=group_size,
         rng=forward.rng,
+        create_graph=scalar.create_graph,
     )
     return GroupNorms(sq_norms, sizes)
 
@@ -280,31 +341,48 @@ def _finite_difference_norms(
     criterion: Criterion,
     y: Any,
     parameters: Mapping[str, Tensor],
+    known: finite_difference.KnownGradient | None,
 ) -> Tensor:
-    """‖∇_θ mean_{i ∈ group} f_i‖: (groups,). Groups smaller than the batch get forward passes of their own."""
+    """‖∇_θ mean_{i ∈ group} f_i‖: (groups,). Groups smaller than the batch get forward passes of their own.
+
+    `known` is mean_i f_i of the whole batch, if its gradient is there already.
+    """
     model, batch_size = forward.model, scalar.f.shape[0]
     group_size = term.group_size(batch_size)
     if group_size == batch_size:
-        groups = [(forward.x, scalar.f, scalar.function, forward.rng)]
+        whole = known or finite_difference.with_known_gradient(scalar.f.mean(), forward.x)
+        groups = [(forward.x, whole, scalar.function, forward.rng)]
     else:
         groups = []
         for start in range(0, batch_size, group_size):
             take_rows = itemgetter(slice(start, start + group_size))
             x_rows, y_rows = map_tensors(forward.x, take_rows), map_tensors(y, take_rows)
             rng, function = RngState.capture(), term.scalar(criterion, y_rows)
-            groups.append((x_rows, function(call_with(model, {}, x_rows)), function, rng))
+            loss = function(call_with(model, {}, x_rows)).mean()
+            groups.append((x_rows, finite_difference.with_known_gradient(loss, x_rows), function, rng))
     norms = [
         finite_difference.param_norm(
-            model, x, f.mean(), function, parameters, scheme=term.scheme, step=term.step, replay=rng.replayed
+            model,
+            x,
+            known.loss,
+            known.of(parameters),
+            function,
+            parameters,
+            scheme=term.scheme,
+            step=term.step,
+            replay=rng.replayed,
         )
-        for x, f, function, rng in groups
+        for x, known, function, rng in groups
     ]
     return torch.stack(norms)
 
 
 def scalar_key(term: Term, criterion: Criterion) -> Any:
     """Equal for terms of the same f."""
-    source = term.of if isinstance(term, InputTerm) and term.of != "loss" else criterion.source
+    return _source_key(term.of if isinstance(term, InputTerm) and term.of != "loss" else criterion.source)
+
+
+def _source_key(source: Any) -> Any:
     return source if isinstance(source, Hashable) else id(source)  # a criterion may be a dataclass
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,18 @@ SCHEMES = ("forward", "backward", "central")
 
 ScalarFn = Callable[[Any], Tensor]  # the model's output → f, (B,)
 Replay = Callable[[], contextlib.AbstractContextManager[None]]  # `RngState.replayed`
+
+
+class KnownGradient(NamedTuple):
+    """A scalar whose gradient is known already, so that no later backward pass computes it again."""
+
+    loss: Tensor  # 0-dim, of the same value and gradient
+    gradient_of: dict[int, Tensor]  # id(leaf) → ∂loss/∂leaf
+    along: list[Tensor | None]  # gradients at other places of the graph, from the same backward pass
+
+    def of(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Name → ∂loss/∂parameter, for those that the loss depends on."""
+        return {name: self.gradient_of[id(p)] for name, p in parameters.items() if id(p) in self.gradient_of}
 
 
 def input_norm(
@@ -69,6 +81,7 @@ def param_norm(
     model: nn.Module,
     x: Any,
     loss: Tensor,
+    gradients: Mapping[str, Tensor],
     scalar: ScalarFn,
     parameters: Mapping[str, Tensor],
     *,
@@ -81,30 +94,26 @@ def param_norm(
     Args:
         model: the model.
         x: its input.
-        loss: L at θ.
+        loss: L at θ, whose gradient in θ may be a known one (`with_known_gradient`).
+        gradients: name → ∂L/∂θ, for the parameters that L depends on.
         scalar: the model's output → f.
         parameters: name → parameter, those that the norm is taken over.
         scheme: "forward", "backward" or "central".
         step: length r of the displacement, so that ε = r/‖∇_θ L‖.
-        replay: a context in which the random numbers of the forward pass that gave `loss` are drawn again.
+        replay: a context in which the random numbers of the forward pass that gave L are drawn again.
 
     Raises:
         RuntimeError: if L depends on a parameter that the model's forward pass is not alone to use.
     """
-    if torch.compiler.is_compiling():  # there is no graph to walk
-        replayed, gradients = loss, differentiate(loss, list(parameters.values()))
-        found = {name: g for name, g in zip(parameters, gradients, strict=True) if g is not None}
-    else:
-        replayed, gradient_of = _replay_gradient(loss, x)
-        found = {name: gradient_of[id(p)] for name, p in parameters.items() if id(p) in gradient_of}
-    if not found:
+    if not gradients:
         return loss.new_zeros(())
-    norm = total_sq_norm(list(found.values())).sqrt()
+    norm = total_sq_norm(list(gradients.values())).sqrt()
+    inverse = divide_or_zero(torch.ones_like(norm), norm)
 
     def displaced(signed_step: float) -> Tensor:
         moved = {
-            name: parameters[name] + signed_step * divide_or_zero(gradient, norm.to(gradient.dtype))
-            for name, gradient in found.items()
+            name: torch.addcmul(parameters[name], gradient, (signed_step * inverse).to(gradient.dtype))
+            for name, gradient in gradients.items()
         }
         with replay():
             value = scalar(call_with(model, moved, x)).mean()
@@ -112,7 +121,7 @@ def param_norm(
             _check_displaced(reached_around(value, parameters, list(moved.values())))
         return value
 
-    return _norm_with_gradient(norm, _difference_quotient(displaced, replayed, scheme, step))
+    return _norm_with_gradient(norm, _difference_quotient(displaced, loss, scheme, step))
 
 
 def _difference_quotient(displaced: Callable[[float], Tensor], here: Tensor, scheme: str, step: float) -> Tensor:
@@ -140,19 +149,23 @@ def _norm_with_gradient(norm: Tensor, quotient: Tensor) -> Tensor:
     return norm + (quotient - quotient.detach())
 
 
-def _replay_gradient(loss: Tensor, x: Any) -> tuple[Tensor, dict[int, Tensor]]:
-    """`loss` with its gradient computed now, so that no later backward pass computes it again.
+def with_known_gradient(loss: Tensor, x: Any, along: Sequence[Any] = ()) -> KnownGradient:
+    """`loss` with its gradient computed now.
 
-    Returns:
-        A scalar of the same value and gradient, and id(leaf) → ∂loss/∂leaf.
+    Args:
+        loss: 0-dim, with its graph.
+        x: what the model was given; where it requires grad, the graph behind it is left to the later backward pass.
+        along: other places of the graph at which the gradient is wanted; leaves among them get none of it later.
     """
     boundary = [tensor for tensor in float_tensors(x) if tensor.requires_grad]
+    not_later = {id(place) for place in along}
     walk = walk_graph(loss, stop_at=[tensor.grad_fn for tensor in boundary if tensor.grad_fn is not None])
-    sources = list({id(tensor): tensor for tensor in (*walk.leaves.values(), *boundary)}.values())
-    gradients = torch.autograd.grad(loss, sources, retain_graph=True, allow_unused=True)
-    used = [(source, g) for source, g in zip(sources, gradients, strict=True) if g is not None]
+    leaves = [leaf for leaf in walk.leaves.values() if id(leaf) not in not_later]
+    sources = list({id(tensor): tensor for tensor in (*leaves, *boundary)}.values())
+    gradients = torch.autograd.grad(loss, [*sources, *along], retain_graph=True, allow_unused=True)
+    used = [(source, g) for source, g in zip(sources, gradients, strict=False) if g is not None]
     replayed = _Replay.apply(loss.detach(), [g for _, g in used], *(source for source, _ in used))
-    return replayed, {id(source): g for source, g in used}
+    return KnownGradient(replayed, {id(source): g for source, g in used}, list(gradients[len(sources) :]))
 
 
 class _Replay(torch.autograd.Function):
@@ -160,9 +173,29 @@ class _Replay(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *sources: Tensor) -> Tensor:
-        ctx.gradients = gradients
+        ctx.gradients, ctx.sources = gradients, sources
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *(gradient * grad_output for gradient in ctx.gradients)
+        scaled = [gradient * grad_output for gradient in ctx.gradients]
+        if torch.is_grad_enabled():  # create_graph=True: the gradients must not pass for constants
+            scaled = [
+                _DerivedOnce.apply(gradient, source) for gradient, source in zip(scaled, ctx.sources, strict=True)
+            ]
+        return None, None, *scaled
+
+
+class _DerivedOnce(torch.autograd.Function):
+    """A known gradient with respect to `source`, whose own derivative is not known."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, source: Tensor) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            "the second derivative of this loss is not there: its gradient was computed together with the penalty. Use "
+            'method="exact" with a weight > 0, or compute what is to be differentiated twice apart from the penalties'
+        )

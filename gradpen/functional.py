@@ -28,6 +28,7 @@ def input_grad_sq_norm(
     scheme: str = "forward",
     step: float = 0.01,
     generator: torch.Generator | None = None,
+    create_graph: bool = True,
 ) -> Tensor:
     r"""Squared norm of the input gradient of every sample, differentiable.
 
@@ -48,6 +49,7 @@ def input_grad_sq_norm(
         scheme: "forward", "backward" or "central" difference.
         step: length of the displacement of x for "finite_difference", in units of x.
         generator: where "projection" draws from; default is torch's global generator.
+        create_graph: keep the result differentiable; False is cheaper where only the values are wanted.
 
     Returns:
         q of shape (B,), float32 at least.
@@ -72,7 +74,8 @@ def input_grad_sq_norm(
         1908.02729).
     """
     term = InputTerm(of, method, num_projections, scheme, step, generator)
-    return evaluate_terms(model, x, y, [(term, as_criterion(criterion))]).norms[0].sq_norms
+    terms = [(term, as_criterion(criterion))]
+    return evaluate_terms(model, x, y, terms, create_graph=create_graph).norms[0].sq_norms
 
 
 def param_grad_sq_norm(
@@ -86,6 +89,7 @@ def param_grad_sq_norm(
     scheme: str = "forward",
     step: float = 0.01,
     parameters: ParameterFilter | None = None,
+    create_graph: bool = True,
 ) -> Tensor:
     r"""Squared norm of the parameter gradient of every sample or group of samples, differentiable.
 
@@ -107,6 +111,7 @@ def param_grad_sq_norm(
         step: length r of the displacement of θ for "finite_difference": :math:`\varepsilon = r / \|\nabla_\theta L\|`.
         parameters: which count: a callable (name, parameter) → bool, or glob patterns such as ``["*.weight"]``; default
             all that require grad.
+        create_graph: keep the result differentiable; False is cheaper where only the values are wanted.
 
     Returns:
         q of shape (B,) for "sample", (⌈B/m⌉,) for micro-batches of m, (1,) for "batch"; float32 at least.
@@ -129,4 +134,5 @@ def param_grad_sq_norm(
         and Dherin, "Implicit gradient regularization" (2021, arXiv 2009.11162) for ``over="batch"``.
     """
     term = ParamTerm(over, method, scheme, step, parameters)
-    return evaluate_terms(model, x, y, [(term, as_criterion(criterion))]).norms[0].sq_norms
+    terms = [(term, as_criterion(criterion))]
+    return evaluate_terms(model, x, y, terms, create_graph=create_graph).norms[0].sq_norms

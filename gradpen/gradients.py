@@ -41,12 +41,22 @@ def sample_gradients(
         RuntimeError: if f depends on no parameter and no input, or `inputs` and f does not depend on any.
     """
     check_differentiable(total)
-    wanted: list[Any] = [*recording.inputs] if inputs else []
-    wanted += [call.output for call in recording.calls] if deltas else []
+    wanted = places_of(recording, inputs=inputs, deltas=deltas)
     if not wanted:
         return SampleGradients([], {})
     with recording.gate.towards_inputs():
         gradients = differentiate(total, wanted, create_graph=create_graph)
+    return gradients_at_places(gradients, recording, inputs=inputs)
+
+
+def places_of(recording: Recording, *, inputs: bool, deltas: bool) -> list[Any]:
+    """Where in the graph ∇_x f_i and the δ_i arrive."""
+    found: list[Any] = [*recording.inputs] if inputs else []
+    return found + ([call.output for call in recording.calls] if deltas else [])
+
+
+def gradients_at_places(gradients: Sequence[Tensor | None], recording: Recording, *, inputs: bool) -> SampleGradients:
+    """What a backward pass left at `places_of`, put in order."""
     input_count = len(recording.inputs) if inputs else 0
     input_gradients = gradients[:input_count]
     if inputs:

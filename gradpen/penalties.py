@@ -256,7 +256,8 @@ class PenalizedOutput(NamedTuple):
     Attributes:
         loss: data_loss + Σ weight · R, 0-dim: call ``backward()`` on it.
         data_loss: exactly ``criterion(model(x), y)``.
-        penalties: name → the unweighted R, 0-dim; 0 on steps that ``every_n_steps`` leaves out.
+        penalties: name → the unweighted R, 0-dim; 0 on steps that ``every_n_steps`` leaves out. Differentiable unless
+            all weights are 0.
         output: the model's output.
     """
 
@@ -271,7 +272,8 @@ class PenalizedLoss(nn.Module):
 
     .. math:: \text{loss} = L(\theta) + \sum_k \text{weight}_k R_k
 
-    Penalties of the same f share one backward graph.
+    Penalties of the same f share one backward graph. If the weights of all penalties are 0, their R is measured beside the
+    training step, almost for free, and carries no graph.
 
     ``torch.compile(objective, fullgraph=True)`` works from torch 2.8 on; the model is an ordinary module. At each
     compilation the model is run once in eager mode on the batch at hand, to find out which parameters have a closed form
@@ -331,8 +333,11 @@ class PenalizedLoss(nn.Module):
         terms = [
             (penalty.term, self._criterion if penalty.criterion is None else penalty._criterion) for penalty, _ in due
         ]
-        evaluated = _evaluate_terms(model, x, y, terms)
-        data_loss = self._criterion.data_loss(evaluated.output, y)
+        weighted = torch.compiler.is_compiling() or any(factor != 0 for _, factor in due)
+        evaluated = _evaluate_terms(model, x, y, terms, data=self._criterion, create_graph=weighted)
+        data_loss = evaluated.data_loss
+        if data_loss is None:
+            data_loss = self._criterion.data_loss(evaluated.output, y)
         values = {penalty.name: data_loss.new_zeros(()) for penalty in penalties}
         loss = data_loss
         for (penalty, factor), norms in zip(due, evaluated.norms, strict=True):
@@ -341,10 +346,18 @@ class PenalizedLoss(nn.Module):
         return PenalizedOutput(loss, data_loss, values, evaluated.output)
 
 
-def _evaluate_terms(model: nn.Module, x: Any, y: Any, terms: Sequence[tuple[Term, Criterion]]) -> Evaluation:
+def _evaluate_terms(
+    model: nn.Module,
+    x: Any,
+    y: Any,
+    terms: Sequence[tuple[Term, Criterion]],
+    *,
+    data: Criterion | None = None,
+    create_graph: bool = True,
+) -> Evaluation:
     if torch.compiler.is_compiling():
         return _traced().evaluate_terms(model, x, y, terms)
-    return evaluation.evaluate_terms(model, x, y, terms)
+    return evaluation.evaluate_terms(model, x, y, terms, data=data, create_graph=create_graph)
 
 
 def _traced() -> ModuleType:

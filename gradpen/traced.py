@@ -141,7 +141,8 @@ def _group_norms(
     batch_size = f.shape[0]
     group_size = term.group_size(batch_size)
     if term.method == "finite_difference":
-        sq_norms = _displaced_param_sq_norm(model, x, term, _scalar(term, criterion, y), f, parameters)
+        norm = _displaced_param_norm(model, x, term, _scalar(term, criterion, y), f, parameters)
+        sq_norms = norm.square().reshape(1)
     elif term.over == "batch":
         sq_norms = param_norms.batch_param_sq_norm(f, list(parameters.values()))
     else:
@@ -184,7 +185,7 @@ def _input_sq_norms(
     ).square()
 
 
-def _displaced_param_sq_norm(
+def _displaced_param_norm(
     model: nn.Module,
     x: Any,
     term: ParamTerm,
@@ -192,11 +193,21 @@ def _displaced_param_sq_norm(
     f: Tensor,
     parameters: Mapping[str, Tensor],
 ) -> Tensor:
-    """‖∇_θ mean_i f_i‖² with a gradient from first derivatives: (1,). The model is known to draw no random numbers."""
-    norm = finite_difference.param_norm(
-        model, x, f.mean(), scalar, parameters, scheme=term.scheme, step=term.step, replay=contextlib.nullcontext
+    """‖∇_θ mean_i f_i‖ with a gradient from first derivatives: 0-dim. The model is known to draw no random numbers."""
+    loss = f.mean()
+    found = zip(parameters, _graph.differentiate(loss, list(parameters.values())), strict=True)
+    gradients = {name: gradient for name, gradient in found if gradient is not None}
+    return finite_difference.param_norm(
+        model,
+        x,
+        loss,
+        gradients,
+        scalar,
+        parameters,
+        scheme=term.scheme,
+        step=term.step,
+        replay=contextlib.nullcontext,
     )
-    return norm.square().reshape(1)
 
 
 # ---- the traced forward pass ----------------------------------------------------------------------------------------
@@ -411,9 +422,7 @@ def _check_whole_batch(model: nn.Module, x: Any, f: Tensor, scalar: Callable[[An
     if term.method == "exact":
         param_norms.batch_param_sq_norm(f, list(parameters.values()), create_graph=False)
         return
-    finite_difference.param_norm(
-        model, x, f.mean(), scalar, parameters, scheme=term.scheme, step=term.step, replay=contextlib.nullcontext
-    )
+    _displaced_param_norm(model, x, term, scalar, f, parameters)
 
 
 def _check_mapped(

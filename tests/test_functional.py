@@ -925,3 +925,25 @@ def test_a_potential_with_its_force(autocast):
         actual = param_grad_sq_norm(model, x, y, criterion=F.mse_loss)
     expected = ref.param_grad_sq_norm(model.double(), x.double(), y.double(), F.mse_loss)
     ref.assert_close(actual, expected, 0.05 if autocast else 1e-5)
+
+
+# ---- values alone ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("over", ["sample", "batch", 2])
+@pytest.mark.parametrize("method", ["exact", "finite_difference"])
+@pytest.mark.parametrize("name", ["tanh", "custom_parameter", "conv2d"])
+def test_values_without_a_graph(name, over, method):
+    model, x, y, criterion = cases.find(name).problem()
+    settings = dict(criterion=criterion, over=over, method=method)
+    values = param_grad_sq_norm(model, x, y, **settings, create_graph=False)
+    assert not values.requires_grad
+    ref.assert_close(values, param_grad_sq_norm(model, x, y, **settings))
+
+
+@pytest.mark.parametrize("settings", [{}, {"of": "output"}, {"method": "finite_difference"}], ids=str)
+def test_input_values_without_a_graph(settings):
+    model, x, y, criterion = cases.find("tanh").problem()
+    values = input_grad_sq_norm(model, x, y, criterion=criterion, **settings, create_graph=False)
+    assert not values.requires_grad
+    ref.assert_close(values, input_grad_sq_norm(model, x, y, criterion=criterion, **settings))

@@ -341,6 +341,114 @@ def test_the_objective_under_autocast(dtype):
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
 
 
+# ---- one backward pass where nothing is differentiated twice ------------------------------------------------------------
+
+
+def weighted(output, target):
+    return F.cross_entropy(output, target, reduction="none") * torch.arange(1.0, len(target) + 1, dtype=output.dtype)
+
+
+CRITERIA = [
+    F.cross_entropy,
+    nn.CrossEntropyLoss(weight=torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64), label_smoothing=0.1),
+    nn.CrossEntropyLoss(ignore_index=1),
+    nn.CrossEntropyLoss(reduction="sum"),
+    weighted,
+    F.nll_loss,  # not known to be a multiple of the mean: a backward pass of its own
+]
+FIRST_ORDER = [
+    ParamGradPenalty(0.0),
+    ParamGradPenalty(0.0, over=2),
+    ParamGradPenalty(0.0, over="batch"),
+    InputGradPenalty(0.0),
+    InputGradPenalty(0.0, of="output"),
+    ParamGradPenalty(0.7, over="batch", method="finite_difference"),
+]
+
+
+@pytest.mark.parametrize("criterion", CRITERIA, ids=lambda criterion: getattr(criterion, "__name__", str(criterion)))
+@pytest.mark.parametrize("penalty", FIRST_ORDER, ids=lambda penalty: str(penalty.term))
+def test_the_gradient_that_is_kept_is_that_of_the_data_loss(problem, criterion, penalty):
+    model, x, y, _ = problem
+    separate = type(penalty)(**{**settings_of(penalty), "criterion": criterion})
+    as_one_trains = lambda: criterion(model(x), y).mean()  # noqa: E731
+    out = PenalizedLoss(criterion, penalty)(model, x, y)
+    expected = ref.flat_gradient(as_one_trains() + separate(model, x, y), model)
+    assert ref.relative_error(ref.flat_gradient(out.loss, model), expected) < 1e-12
+    ref.assert_close(out.data_loss, as_one_trains())
+    ref.assert_close(
+        out.penalties[penalty.name], type(penalty)(**{**settings_of(separate), "weight": 1.0})(model, x, y)
+    )
+
+
+def settings_of(penalty):
+    return {**vars(penalty.term), "weight": penalty.weight, "criterion": penalty.criterion}
+
+
+class CountedBackward(torch.autograd.Function):
+    """The identity; counts how often a gradient comes back."""
+
+    calls = 0
+
+    @staticmethod
+    def forward(ctx, tensor):
+        return tensor.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        CountedBackward.calls += 1
+        return gradient
+
+
+class Counted(nn.Module):
+    def forward(self, tensor):
+        return CountedBackward.apply(tensor)
+
+
+@pytest.mark.parametrize(
+    ("penalties", "passes"),
+    [
+        ([ParamGradPenalty(0.0)], 1),
+        ([ParamGradPenalty(0.0), InputGradPenalty(0.0)], 1),
+        ([ParamGradPenalty(0.1, over="batch", method="finite_difference")], 2),  # one at θ, one at the displaced θ
+    ],
+)
+def test_measuring_takes_no_backward_pass_of_its_own(problem, penalties, passes):
+    model = nn.Sequential(problem.model, Counted())
+    objective = PenalizedLoss(F.cross_entropy, *penalties)
+    for _ in range(3):  # how the model lays out its batch is found out, and looked at again after 1 and 2 uses
+        objective(model, problem.x, problem.y)
+    CountedBackward.calls = 0
+    objective(model, problem.x, problem.y).loss.backward()
+    assert CountedBackward.calls == passes
+
+
+def test_what_is_only_measured_has_no_graph(problem):
+    model, x, y, _ = problem
+    out = PenalizedLoss(F.cross_entropy, ParamGradPenalty(0.0), InputGradPenalty(0.0))(model, x, y)
+    assert not any(value.requires_grad for value in out.penalties.values())
+    mixed = PenalizedLoss(F.cross_entropy, ParamGradPenalty(0.0), InputGradPenalty(0.1))(model, x, y)
+    assert all(value.requires_grad for value in mixed.penalties.values())
+
+
+def test_a_kept_gradient_does_not_pass_for_a_constant(problem):
+    model, x, y, _ = problem
+    out = PenalizedLoss(F.cross_entropy, ParamGradPenalty(0.0))(model, x, y)
+    (gradient,) = torch.autograd.grad(out.loss, model[0].weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        gradient.sum().backward()
+
+
+def test_the_gradient_behind_an_input_that_is_trained(problem):
+    """x computed from something trainable: the backward pass goes on from it."""
+    model, x, y, _ = problem
+    scale = torch.ones((), dtype=x.dtype, requires_grad=True)
+    out = PenalizedLoss(F.cross_entropy, ParamGradPenalty(0.0))(model, x * scale, y)
+    (actual,) = torch.autograd.grad(out.loss, scale)
+    (expected,) = torch.autograd.grad(F.cross_entropy(model(x * scale), y), scale)
+    ref.assert_close(actual, expected)
+
+
 # ---- schedules and state --------------------------------------------------------------------------------------------------
 
 

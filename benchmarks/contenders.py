@@ -1,0 +1,268 @@
+"""Who competes at what: every job of the table, with a floor, a target, and everybody who can do it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import peers
+import straight_line
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from workload import Workload
+
+from gradpen import InputGradPenalty, ParamGradPenalty, PenalizedLoss
+from gradpen.functional import param_grad_sq_norm
+from gradpen.penalties import GradPenalty
+
+INPUT_WEIGHT, PARAM_WEIGHT, BATCH_WEIGHT, OUTPUT_WEIGHT = 0.1, 0.01, 0.1, 0.01
+RADIUS = 0.05  # of SAM and of the finite difference that equals it
+EVERY = 4
+
+Step = Callable[[], Tensor]  # returns R, or the norms, without a graph
+Who = Literal["gradpen", "straight line", "peer"]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to do a job.
+
+    Attributes:
+        name: as in the table.
+        who: gradpen's table row has its figure, the straight line is the floor in practice, the others are peers.
+        build: everything that is done once; raises `peers.UnsupportedJobError`.
+    """
+
+    name: str
+    who: Who
+    build: Callable[[Workload], Step]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row of the table.
+
+    Attributes:
+        key: in the JSON.
+        title: in the table.
+        floor: multiplications in units of a plain step's (`workload.floors`).
+        target: what gradpen has set itself.
+        gradients: whether a step leaves gradients in ``.grad``, to be compared.
+        contenders: the straight line first: it is the reference.
+    """
+
+    key: str
+    title: str
+    floor: str
+    target: float
+    gradients: bool
+    contenders: tuple[Contender, ...]
+
+
+def jobs() -> list[Job]:
+    """All rows about penalties and norms."""
+    return [
+        Job(
+            "input",
+            "input penalty, exact",
+            "input",
+            2.35,
+            True,
+            (
+                _straight(lambda work: straight_line.input_step(work, INPUT_WEIGHT)),
+                _objective(lambda: [InputGradPenalty(INPUT_WEIGHT)]),
+                Contender("added to a loss, two forward passes", "gradpen", _added_input_penalty),
+                _peer("double backprop by hand", lambda w: peers.double_backprop_input_step(w, INPUT_WEIGHT)),
+            ),
+        ),
+        Job(
+            "param",
+            "param penalty over samples, exact",
+            "param",
+            1.6,
+            True,
+            (
+                _straight(lambda work: straight_line.param_step(work, PARAM_WEIGHT)),
+                _objective(lambda: [ParamGradPenalty(PARAM_WEIGHT)]),
+                Contender("BackPACK, create_graph", "peer", _backpack_param_step),
+                Contender("Opacus", "peer", _opacus_param_step),
+                _peer("vmap(grad)", lambda work: peers.vmap_param_step(work, PARAM_WEIGHT)),
+            ),
+        ),
+        Job(
+            "both",
+            "input and param penalty",
+            "both",
+            2.5,
+            True,
+            (
+                _straight(lambda work: straight_line.both_step(work, INPUT_WEIGHT, PARAM_WEIGHT)),
+                _objective(lambda: [InputGradPenalty(INPUT_WEIGHT), ParamGradPenalty(PARAM_WEIGHT)]),
+            ),
+        ),
+        Job(
+            "batch",
+            "param penalty over the batch, exact",
+            "batch",
+            2.65,
+            True,
+            (
+                _straight(lambda work: straight_line.batch_step(work, BATCH_WEIGHT)),
+                _objective(lambda: [ParamGradPenalty(BATCH_WEIGHT, over="batch")]),
+                _peer("double backprop by hand", lambda w: peers.double_backprop_batch_step(w, BATCH_WEIGHT)),
+            ),
+        ),
+        Job(
+            "difference",
+            "param penalty over the batch, forward difference",
+            "difference",
+            2.15,
+            True,
+            (
+                _straight(lambda work: straight_line.difference_step(work, RADIUS, RADIUS)),
+                _objective(lambda: [_sam_penalty()]),
+                _peer("SAM by hand", lambda work: peers.sam_step(work, RADIUS)),
+            ),
+        ),
+        Job(
+            "norms",
+            "per-sample ‖∇_θ f‖² alone",
+            "norms",
+            1.0,
+            False,
+            (
+                _straight(straight_line.sample_norms),
+                Contender(
+                    "param_grad_sq_norm",
+                    "gradpen",
+                    lambda w: lambda: param_grad_sq_norm(w.model, w.x, w.y, create_graph=False),
+                ),
+                Contender("BackPACK", "peer", lambda work: peers.BackpackBatchL2(work).norms_and_step),
+                Contender("Opacus", "peer", lambda work: peers.OpacusGhostNorms(work).norms_and_step),
+                _peer("vmap(grad)", peers.vmap_norms_only),
+            ),
+        ),
+        Job(
+            "norms_and_step",
+            "per-sample ‖∇_θ f‖² with a training backward",
+            "norms_and_step",
+            1.12,
+            True,
+            (
+                _straight(straight_line.sample_norms_and_step),
+                _objective(lambda: [ParamGradPenalty(0.0)]),
+                Contender("BackPACK", "peer", lambda work: peers.BackpackBatchL2(work).norms_and_step),
+                Contender("Opacus", "peer", lambda work: peers.OpacusGhostNorms(work).norms_and_step),
+            ),
+        ),
+        Job(
+            "projection",
+            "Jacobian of the outputs, one projection",
+            "projection",
+            2.35,
+            True,
+            (
+                Contender("by hand", "straight line", _straight_projection),
+                Contender("PenalizedLoss", "gradpen", _projected_objective),
+                Contender("Jacobian regulariser by hand", "peer", _jacobian_regularizer),
+            ),
+        ),
+        Job(
+            "lazy",
+            f"input penalty, every_n_steps={EVERY}, average step",
+            "lazy",
+            1.35,
+            True,
+            (
+                Contender("by hand", "straight line", _straight_lazy),
+                _objective(lambda: [InputGradPenalty(INPUT_WEIGHT, every_n_steps=EVERY)]),
+            ),
+        ),
+    ]
+
+
+def objective_step(work: Workload, penalties: list[GradPenalty]) -> Step:
+    """One whole step through the public interface."""
+    objective = PenalizedLoss(F.cross_entropy, *penalties)
+
+    def step() -> Tensor:
+        work.model.zero_grad()
+        out = objective(work.model, work.x, work.y)
+        out.loss.backward()
+        values = [value.detach() for value in out.penalties.values()]
+        return values[0] if len(values) == 1 else torch.stack(values)
+
+    return step
+
+
+def _straight(step: Callable[[Workload], Tensor]) -> Contender:
+    return Contender("by hand", "straight line", lambda work: lambda: step(work))
+
+
+def _peer(name: str, step: Callable[[Workload], Tensor]) -> Contender:
+    return Contender(name, "peer", lambda work: lambda: step(work))
+
+
+def _objective(penalties: Callable[[], list[GradPenalty]]) -> Contender:
+    return Contender("PenalizedLoss", "gradpen", lambda work: objective_step(work, penalties()))
+
+
+def _added_input_penalty(work: Workload) -> Step:
+    penalty = InputGradPenalty(INPUT_WEIGHT)
+
+    def step() -> Tensor:
+        work.model.zero_grad()
+        term = penalty(work.model, work.x, work.y)
+        (F.cross_entropy(work.model(work.x), work.y) + term).backward()
+        return term.detach() / INPUT_WEIGHT
+
+    return step
+
+
+def _sam_penalty() -> ParamGradPenalty:
+    """The setting in which the penalised gradient is SAM's."""
+    return ParamGradPenalty(RADIUS, over="batch", method="finite_difference", squared=False, step=RADIUS)
+
+
+def _backpack_param_step(work: Workload) -> Step:
+    backpack = peers.BackpackBatchL2(work)
+    return lambda: backpack.param_step(PARAM_WEIGHT)
+
+
+def _opacus_param_step(work: Workload) -> Step:
+    opacus = peers.OpacusGhostNorms(work)
+    opacus.check_differentiable()
+    return opacus.norms_and_step
+
+
+def _straight_projection(work: Workload) -> Step:
+    generator = torch.Generator().manual_seed(0)
+    return lambda: straight_line.projection_step(work, OUTPUT_WEIGHT, generator)
+
+
+def _projected_objective(work: Workload) -> Step:
+    generator = torch.Generator().manual_seed(0)
+    return objective_step(
+        work, [InputGradPenalty(OUTPUT_WEIGHT, of="output", method="projection", generator=generator)]
+    )
+
+
+def _jacobian_regularizer(work: Workload) -> Step:
+    generator = torch.Generator().manual_seed(0)
+    return lambda: peers.jacobian_regularizer_step(work, OUTPUT_WEIGHT, generator)
+
+
+def _straight_lazy(work: Workload) -> Step:
+    calls = 0
+
+    def step() -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls % EVERY == 1:
+            return straight_line.input_step(work, EVERY * INPUT_WEIGHT)
+        straight_line.plain_step(work)
+        return work.x.new_zeros(())
+
+    return step

@@ -1,0 +1,73 @@
+"""The two figures of the documentation, drawn from the results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from matplotlib.figure import Figure
+
+Results = dict[str, Any]
+ROUNDING = 1e-7  # where exact values are drawn on a logarithmic axis
+STYLE = {"gradpen": ("C0", "o"), "straight line": ("C2", "s"), "peer": ("C7", "^")}
+
+
+def draw_ratios(results: Results) -> Figure:
+    """The penalties' costs against their floors: a bar for the floor, points with quartiles for who was measured."""
+    rows = [row for row in results["rows"] if row["floor"] is not None and _measured(row)]
+    rows = [row for row in rows if row["key"] not in ("recipe", "monitor")]
+    figure = Figure(figsize=(8, 0.55 * len(rows) + 1.4), layout="constrained")
+    axes = figure.subplots()
+    places = range(len(rows))
+    axes.barh(places, [row["floor"] for row in rows], color="0.88", label="floor: multiplications alone")
+    for place, row in zip(places, rows, strict=True):
+        axes.plot([row["target"]] * 2, [place - 0.4, place + 0.4], color="C3", label="target" if place == 0 else None)
+    for who, (color, marker) in STYLE.items():
+        points = [(place, entry) for place, row in zip(places, rows, strict=True) for entry in _first(row, who)]
+        ratios = [entry["ratio"] for _, entry in points]
+        spread = [
+            [entry["ratio"] - entry["quartiles"][0] for _, entry in points],
+            [entry["quartiles"][1] - entry["ratio"] for _, entry in points],
+        ]
+        label = {"gradpen": "gradpen", "straight line": "written out by hand", "peer": "best peer"}[who]
+        axes.errorbar(ratios, [place for place, _ in points], xerr=spread, fmt=marker, color=color, label=label)
+    axes.set_yticks(places, [row["title"] for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("plain steps (median and quartiles)")
+    axes.legend(fontsize="small")
+    return figure
+
+
+def draw_spectral(results: Results) -> Figure:
+    """Cost against accuracy of the spectral methods, for both nets."""
+    states = results["spectral"]
+    figure = Figure(figsize=(5 * len(states), 4), layout="constrained")
+    for axes, (state, points) in zip(
+        figure.subplots(1, len(states), sharey=True, squeeze=False)[0], states.items(), strict=True
+    ):
+        for family in dict.fromkeys(point["family"] for point in points):
+            members = sorted((point for point in points if point["family"] == family), key=lambda point: point["ratio"])
+            if family == "gradpen":
+                members = [point for point in members if point["name"] != "evaluate_inequality"]  # ‖W J‖ besides
+                widths = [point["width"] for point in members]
+                axes.plot(
+                    [point["ratio"] for point in members], widths, "o-", color="C0", label="gradpen: bracket's width"
+                )
+            label = {"gradpen": "gradpen: error of the lower end", "straight line": "Lanczos written out"}.get(
+                family, family
+            )
+            errors = [max(point["error"], ROUNDING) for point in members]
+            axes.plot([point["ratio"] for point in members], errors, ".--", label=label)
+        axes.set(xscale="log", yscale="log", title=state, xlabel="plain steps")
+    figure.axes[0].set_ylabel("relative error, worst sample and layer")
+    figure.axes[0].legend(fontsize="small")
+    return figure
+
+
+def _measured(row: Results) -> bool:
+    return any("ratio" in entry for entry in row["entries"])
+
+
+def _first(row: Results, who: str) -> list[Results]:
+    """The entry that stands for `who`: gradpen's first, the cheapest peer."""
+    entries = [entry for entry in row["entries"] if entry["who"] == who and "ratio" in entry]
+    return sorted(entries, key=lambda entry: entry["ratio"])[:1] if who == "peer" else entries[:1]

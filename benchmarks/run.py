@@ -1,0 +1,126 @@
+"""Every cost that the documentation speaks of, measured side by side with the peers.
+
+    python benchmarks/run.py                    everything, under ten minutes on two cores
+    python benchmarks/run.py --quick            the same rows on a smaller net, under a minute: to see that it works
+    python benchmarks/run.py --publish          and write the documentation's table and figures
+    python benchmarks/run.py --only input,param some of the rows
+
+First all contenders must compute the same numbers. Times are medians of interleaved repetitions, as ratios to the plain
+step of the same repetition.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import figures
+import sections
+import tables
+import torch
+from machine import describe_machine
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from sections import Results, Setting
+
+HERE = Path(__file__).parent
+PUBLISHED = HERE / "results" / "published.json"
+LATEST = HERE / "results" / "latest.json"
+DOCS = HERE.parent / "docs"
+DOCS_TABLE = DOCS / "_generated" / "performance.md"
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large, and how often."""
+
+    hidden: tuple[int, ...]
+    batch_size: int
+    rounds: int
+    seconds: float  # per row
+
+
+FULL = Size((512, 512), 128, 60, 15.0)
+QUICK = Size((64, 64), 32, 5, 2.0)
+
+
+def measure_all(setting: Setting, only: set[str], progress: Progress) -> Results:
+    """Run every section, or those whose key is in `only`."""
+    results: Results = {"machine": describe_machine(setting)}
+    chosen = {name: section for name, section in sections.SECTIONS.items() if not only or name in only}
+    whole = progress.add_task("benchmarks", total=len(chosen))
+    for name, section in chosen.items():
+        start = time.perf_counter()
+        task = progress.add_task(name, total=1.0)
+        found = section(setting, lambda share, task=task: progress.update(task, completed=min(share, 1.0)))
+        for key, value in found.items():
+            results.setdefault(key, []).extend(value) if isinstance(value, list) else results.update({key: value})
+        progress.remove_task(task)
+        progress.console.print(f"{name}: {time.perf_counter() - start:.0f} s")
+        progress.advance(whole)
+    return results
+
+
+def publish(results: Results) -> None:
+    """Write what the documentation shows: the table and both figures, and the numbers behind them."""
+    _write_json(PUBLISHED, results)
+    DOCS_TABLE.parent.mkdir(exist_ok=True)
+    DOCS_TABLE.write_text(tables.as_markdown(results), encoding="utf-8")
+    figures.draw_ratios(results).savefig(DOCS / "_static" / "bench-ratios.png", dpi=150)
+    figures.draw_spectral(results).savefig(DOCS / "_static" / "bench-spectral.png", dpi=150)
+
+
+def main(arguments: list[str] | None = None) -> Results:
+    """The command."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="a smaller net and few repetitions")
+    parser.add_argument("--publish", action="store_true", help="write docs/ and results/published.json")
+    parser.add_argument("--only", default="", help=f"some of {','.join(sections.SECTIONS)}")
+    parser.add_argument("--threads", type=int, default=2, help="of torch")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where MNIST/raw is")
+    parser.add_argument("--out", type=Path, default=LATEST, help="the JSON")
+    given = parser.parse_args(arguments)
+    only = {name for name in given.only.split(",") if name}
+    if unknown := only - sections.SECTIONS.keys():
+        parser.error(f"--only expects some of {', '.join(sections.SECTIONS)}, got {', '.join(sorted(unknown))}")
+    if given.publish and (given.quick or only):
+        parser.error("--publish expects a whole run: leave out --quick and --only")
+    size = QUICK if given.quick else FULL
+    setting = Setting(
+        hidden=size.hidden,
+        batch_size=size.batch_size,
+        rounds=size.rounds,
+        seconds=size.seconds,
+        quick=given.quick,
+        data_dir=given.data_dir,
+        threads=given.threads,
+    )
+    console = Console(width=None if sys.stdout.isatty() else 160)  # tables in files need not fit 80 columns
+    torch.set_num_threads(given.threads)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Full backward hook is firing")  # BackPACK and Opacus
+        results = measure_all(setting, only, progress)
+    _write_json(given.out, results)
+    console.print(Markdown(tables.as_markdown(results)))
+    if given.publish:
+        publish(results)
+    console.print(
+        f"written to {given.out}" + (f", {PUBLISHED.relative_to(HERE.parent)} and docs/" if given.publish else "")
+    )
+    return results
+
+
+def _write_json(path: Path, results: Results) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

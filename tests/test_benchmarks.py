@@ -1,0 +1,120 @@
+"""The benchmarks: all contenders compute the same numbers, and the quick run has every row."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+for needed in ("matplotlib", "rich", "sklearn", "tensorboard", "torchvision"):
+    pytest.importorskip(needed, reason='the benchmarks need pip install "gradpen[bench]"')
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import agreement  # noqa: E402
+import contenders  # noqa: E402
+import memory  # noqa: E402
+import run  # noqa: E402
+import spectral_methods  # noqa: E402
+import straight_line  # noqa: E402
+import tables  # noqa: E402
+import workload  # noqa: E402
+
+JOBS = contenders.jobs()
+NOT_FOR_ALL = ("BackPACK", "Opacus")  # may not be installed
+
+
+@pytest.fixture
+def work():
+    return workload.synthetic_workload([20, 16, 12, 10], batch_size=8)
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.key)
+def test_contenders_agree(job, work):
+    errors = agreement.check_agreement(job, work)
+    assert list(errors) == [contender.name for contender in job.contenders]
+    for name, error in errors.items():
+        assert isinstance(error, float) or name.startswith(NOT_FOR_ALL)
+
+
+@pytest.mark.parametrize("wrong", ["value", "gradient"])
+def test_a_wrong_contender_is_found_out(work, wrong):
+    def build(work):
+        def step():
+            penalty = straight_line.input_step(work, contenders.INPUT_WEIGHT * (2.0 if wrong == "gradient" else 1))
+            return penalty * (1.001 if wrong == "value" else 1)
+
+        return step
+
+    job = JOBS[0]
+    cheat = contenders.Job(
+        **{**vars(job), "contenders": (*job.contenders[:1], contenders.Contender("cheat", "peer", build))}
+    )
+    with pytest.raises(agreement.DisagreementError, match="cheat"):
+        agreement.check_agreement(cheat, work)
+
+
+def test_a_bracket_that_misses_is_found_out(work):
+    exact = spectral_methods.exact_norms(work)
+    norms = spectral_methods.bracketed_norms(work, 0.05, slack=False)
+    assert spectral_methods.accuracy("bracket", norms, exact).error < 0.05
+    for missing in (
+        norms._replace(lower=exact.lower * 1.01),
+        norms._replace(lower=exact.lower * 0.8, upper=exact.lower * 0.99),
+    ):
+        with pytest.raises(agreement.DisagreementError):
+            spectral_methods.accuracy("bracket", missing, exact)
+
+
+def test_the_floors_of_the_documentation():
+    floors = workload.floors([784, 512, 512, 10])
+    documented = {"input": 2.25, "param": 1.5, "both": 2.25, "batch": 2.5, "difference": 2.0}
+    assert {name: round(floors[name], 2) for name in documented} == documented
+
+
+def test_peak_memory_counts_what_lives_at_one_time():
+    def step():
+        first = torch.ones(250_000)  # 1 MB
+        second = first + 1
+        del first
+        return second + 1
+
+    assert memory.peak_bytes(step) == pytest.approx(2e6, rel=0.01)
+
+
+def test_the_quick_run_has_every_row(tmp_path):
+    threads = torch.get_num_threads()
+    out = tmp_path / "quick.json"
+    try:
+        run.main(["--quick", "--threads", "1", "--data-dir", str(tmp_path), "--out", str(out)])
+    finally:
+        torch.set_num_threads(threads)
+    results = json.loads(out.read_text(encoding="utf-8"))
+    keys = [job.key for job in JOBS] + ["check_0", "check_1", "monitor", "recipe"]
+    assert [row["key"] for row in results["rows"]] == keys
+    for row in results["rows"]:
+        assert all("reason" in entry or entry["ratio"] > 0 for entry in row["entries"])
+        assert any(entry["who"] == "gradpen" for entry in row["entries"])
+    assert {point["series"] for point in results["growth"]} == {"batch", "width", "depth", "classes"}
+    assert [step["name"] for step in results["memory"]["steps"]] == ["input", "param", "both", "batch"]
+    assert (results["cuda"] is None) == (not torch.cuda.is_available())
+    assert results["machine"]["quick"] and results["machine"]["images"].startswith("scikit-learn")
+    tables_shown = sum(line.startswith("| --- |") for line in tables.as_markdown(results).splitlines())
+    assert tables_shown == 2 + 2 + 4 + (results["cuda"] is not None)  # rows, memory; spectral; growth; GPU
+
+
+def test_the_documentation_shows_the_published_numbers():
+    results = json.loads(run.PUBLISHED.read_text(encoding="utf-8"))
+    assert run.DOCS_TABLE.read_text(encoding="utf-8") == tables.as_markdown(results)
+
+
+def test_publishing_a_part_is_refused(capsys):
+    for flags in (["--publish", "--quick"], ["--publish", "--only", "input"], ["--only", "nothing"]):
+        with pytest.raises(SystemExit):
+            run.main(flags)
+    assert "expects" in capsys.readouterr().err
