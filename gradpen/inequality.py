@@ -20,6 +20,10 @@ from gradpen.sides import Sides, both_sides, output_cotangents
 from gradpen.terms import select_parameters
 
 
+class NotFiniteError(ValueError):
+    """The network maps some samples to NaN or infinity, for which neither side is defined."""
+
+
 def evaluate_inequality(
     model: nn.Module,
     x: Any,
@@ -181,7 +185,7 @@ def _check_finite(output: Tensor, *directions: Tensor) -> None:
     finite = torch.stack([tensor.isfinite().reshape(len(output), -1).all(1) for tensor in (output, *directions)])
     samples = (~finite.all(0)).nonzero().flatten().tolist()
     if samples:
-        raise ValueError(
+        raise NotFiniteError(
             f"expected finite outputs and gradients, got NaN or infinity for {len(samples)} of {len(output)} samples, the "
             f"first of them sample {samples[0]}: leave them out, or see whether the training has diverged"
         )

@@ -56,7 +56,7 @@ def cost_in_multiplications(model: nn.Module, objective: PenalizedLoss, x: Tenso
     """Multiplications of forward and backward with the penalties, in units of those without any.
 
     Counted by torch's own formulas while a copy of the model makes its steps: as many as lazy penalties take to come
-    round, after a first one, in which gradpen looks at the model for once.
+    round. gradpen looks at a model again in its 1st, 2nd, 3rd, 5th, 9th, … step; those counted are between these.
     """
     model, objective = copy.deepcopy((model, objective))
     model.train()
@@ -64,8 +64,8 @@ def cost_in_multiplications(model: nn.Module, objective: PenalizedLoss, x: Tenso
         (penalty.every_n_steps for penalty in objective.penalties if isinstance(penalty, GradPenalty)), default=1
     )
     plain = PenalizedLoss(objective.criterion)
-    for warm_up in (plain, objective):
-        warm_up(model, x, y).loss.backward()
+    for _ in range(5 * lazy):
+        objective(model, x, y).loss.backward()
     return _multiplications(model, objective, x, y, lazy) / _multiplications(model, plain, x, y, lazy)
 
 

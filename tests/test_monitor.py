@@ -520,6 +520,20 @@ def test_weights_and_biases_offline_gets_every_value_and_calls_nobody(tmp_path, 
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 
 
+class Diverging(Plain):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)["loss"]
+        return loss * (float("inf") if self.global_step == 3 else 1.0)
+
+
+def test_a_run_that_diverges_goes_on_and_the_monitor_says_so(tmp_path):
+    found = InequalityMonitor(every_n_steps=2, num_samples=16)
+    with pytest.warns(UserWarning, match="no check of the inequality after step 4: expected finite outputs"):
+        trainer = run(Diverging(), [found], tmp_path)
+    assert trainer.global_step == 12
+    assert [row["step"] for row in found.history if row["layer"] == "all"] == [0, 2]
+
+
 def test_two_monitors_are_told_apart_by_their_prefixes(tmp_path):
     train, val = (
         InequalityMonitor(every_n_steps=6, num_samples=8, probe=probe, prefix=f"{probe}/bound")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchmetrics import CatMetric
 
 from gradpen._numerics import sum_tensors, widest_float
-from gradpen.inequality import evaluate_inequality
+from gradpen.inequality import NotFiniteError, evaluate_inequality
 from gradpen.recording import call_model, map_tensors, tensors_of
 from gradpen.report import InequalityReport, LayerTerms
 from gradpen.sides import mean_gradient, output_cotangents
@@ -48,6 +48,7 @@ def evaluate_shared(
 
     Raises:
         ValueError: if there are fewer samples than processes.
+        NotFiniteError: on all processes if one of them has samples whose outputs are not finite.
         RuntimeError: on all processes if one of them failed.
     """
     rank, processes = dist.get_rank(), dist.get_world_size()
@@ -64,12 +65,14 @@ def evaluate_shared(
         part = evaluate_inequality(model, x_share, y_share, criterion=criterion, of=of, delta=delta * share, **options)
     except Exception as raised:  # told to the others, who would wait for ever, and raised again
         error = raised
-    outcomes = _told_to_all((_structure(part), None if error is None else f"{type(error).__name__}: {error}"))
+    told = None if error is None else f"{type(error).__name__}: {error}"
+    outcomes = _told_to_all((_structure(part), told, isinstance(error, NotFiniteError)))
     if error is not None:
         raise error
-    for other, (_, message) in enumerate(outcomes):
+    for other, (_, message, diverged) in enumerate(outcomes):
         if message is not None:
-            raise RuntimeError(f"the inequality could not be evaluated on process {other}: {message}")
+            kind = NotFiniteError if diverged else RuntimeError
+            raise kind(f"the inequality could not be evaluated on process {other}: {message}")
     if part is None or any(outcome != outcomes[0] for outcome in outcomes):
         # a layer need not show on every row that it does not cut the graph, and the verdict is about all rows
         return evaluate_inequality(model, x, y, criterion=criterion, of=of, delta=delta, **options)

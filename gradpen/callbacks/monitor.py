@@ -21,7 +21,7 @@ from gradpen.callbacks._lightning import Callback
 from gradpen.callbacks._probe import draw_probe, fingerprint, probe_loader
 from gradpen.callbacks._schedule import Schedule
 from gradpen.history import BY_LAYER, Row, flat_metrics, report_rows, write_csv
-from gradpen.inequality import evaluate_inequality
+from gradpen.inequality import NotFiniteError, evaluate_inequality
 from gradpen.isolation import random_streams_kept, untouched
 from gradpen.layer_norms import NORMS
 from gradpen.plotting import plot_history
@@ -211,9 +211,12 @@ class InequalityMonitor(Callback):
         if step == 0:
             self.history.clear()
             self._fingerprint = None
-        report, seconds = self._evaluate(trainer, pl_module)
-        self._compare_with_earlier(fingerprint(self._drawn))
         self._trained, self._seen_step = True, step
+        evaluated = self._evaluate(trainer, pl_module)
+        self._compare_with_earlier(fingerprint(self._drawn))
+        if evaluated is None:
+            return
+        report, seconds = evaluated
         self._cost = Cost(trainer, self.schedule, seconds)
         rank_zero_info(self._announcement(pl_module, report, self._cost))
         missed = self.schedule.names_any(range(step, step + 1)) and not self._has_checked(step)
@@ -289,10 +292,13 @@ class InequalityMonitor(Callback):
             self._unscheduled_step = None
 
     def _check(self, trainer: Trainer, pl_module: LightningModule) -> bool:
-        """Evaluate and keep, unless that has been done after this step; whether it had not."""
+        """Evaluate and keep, unless that has been done after this step; whether there is a new check."""
         if self._has_checked(trainer.global_step):
             return False
-        report, seconds = self._evaluate(trainer, pl_module)
+        evaluated = self._evaluate(trainer, pl_module)
+        if evaluated is None:
+            return False
+        report, seconds = evaluated
         if self._cost is not None:
             self._cost.add_check(seconds)
         self._keep(trainer, report)
@@ -301,14 +307,24 @@ class InequalityMonitor(Callback):
     def _check_outside_training(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log and report; a history of training stays what it is."""
         self._drawn = None
-        report, _ = self._evaluate(trainer, pl_module)
+        evaluated = self._evaluate(trainer, pl_module)
+        if evaluated is None:
+            return
+        report, _ = evaluated
         rows = self._rows(trainer, report)
         if not self._trained:
             self.history = rows
         self._publish(trainer, report, rows)
 
-    def _evaluate(self, trainer: Trainer, pl_module: LightningModule) -> tuple[InequalityReport, float]:
-        """The report, and the seconds that it took."""
+    def _evaluate(self, trainer: Trainer, pl_module: LightningModule) -> tuple[InequalityReport, float] | None:
+        """The report, and the seconds that it took; None, and a warning, if the network has diverged."""
+        try:
+            return self._evaluate_finite(trainer, pl_module)
+        except NotFiniteError as error:  # a run that diverges is no reason to end it
+            rank_zero_warn(f"no check of the inequality after step {trainer.global_step}: {error}")
+            return None
+
+    def _evaluate_finite(self, trainer: Trainer, pl_module: LightningModule) -> tuple[InequalityReport, float]:
         _shards.refuse_sharded(pl_module)
         with untouched(pl_module):
             x, y = self._probe_of(trainer, pl_module)
