@@ -17,7 +17,7 @@ BENCH_SETUP := $(VENV)/.bench
 .PHONY: help setup mnist cifar compare-quick test thorough lint format docs bench bench-quick clean
 
 help:  ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /:/' | awk -F: '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /:/' | awk -F: '{printf "  make %-14s %s\n", $$1, $$2}'
 
 setup: $(SETUP)  ## install gradpen and what it needs into .venv (about two minutes, once)
 
