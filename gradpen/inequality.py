@@ -32,6 +32,7 @@ def evaluate_inequality(
     delta: float = 1e-6,
     rtol: float = 0.05,
     slack: bool = True,
+    memory_budget: int = 2**26,
 ) -> InequalityReport:
     r"""Both sides of the inequality between input and parameter gradients, sample by sample.
 
@@ -85,6 +86,7 @@ def evaluate_inequality(
     if not 0 < delta < 1:
         raise ValueError(f"delta must be a probability between 0 and 1, got {delta}")
     _checks.check_positive("rtol", rtol)
+    _checks.check_positive_int("memory_budget", memory_budget)
     _checks.check_no_batch_statistics(model, "the inequality")
     model = _original_module(model)
     parameters = select_parameters(model, None)
@@ -99,7 +101,7 @@ def evaluate_inequality(
         sides = both_sides(model, x, recording, cotangents, parameters, rng)
         layers, excluded = layers_in_sum(model, recording, sides, parameters)
         operators = jacobian_operators(recording, layers)
-        settings = NormSettings(norm, method, delta, rtol, slack)
+        settings = NormSettings(norm, method, delta, rtol, slack, memory_budget)
         norms = layer_norms(layers, operators, settings)
         return _assemble(layers, excluded, norms, sides, settings, name)
 

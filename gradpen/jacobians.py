@@ -7,6 +7,7 @@ and shares W_1 W_1ᵀ over all samples, so the input width never enters an itera
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -28,39 +29,67 @@ class JacobianOperator:
         gram: (B, n) → (B, n), u ↦ J Jᵀ u.
         vjp: (B, n) → (B, d), u ↦ Jᵀ u.
         template: (B, n), a tensor of the right shape, type and device.
+        widest: entries of the longest vector on the way, at least d.
+        part: indices of samples → the operator of these alone, at their share of the cost; None if there is no such thing.
         support: (B, n), False where a row of J_b is known to be 0; None if nothing is known.
-        shared: the one matrix that J_b is for every sample (the first dense layer's weight); None otherwise.
         is_identity: J_b = I for every sample (the input itself).
     """
 
     gram: MatVec
     vjp: MatVec
     template: Tensor
+    widest: int
+    part: Callable[[Tensor], JacobianOperator] | None = None
     support: Tensor | None = None
-    shared: Tensor | None = None
     is_identity: bool = False
 
     @classmethod
     def identity(cls, template: Tensor) -> JacobianOperator:
         """J_1 = I."""
-        return cls(lambda u: u, lambda u: u, template, is_identity=True)
+        return cls(
+            gram=lambda u: u,
+            vjp=lambda u: u,
+            template=template,
+            widest=template.shape[1],
+            part=lambda rows: cls.identity(template[rows]),
+            is_identity=True,
+        )
 
     def times_weight(self, weight: Tensor) -> JacobianOperator:
         """W J for a weight (m, n)."""
-        template = self.template.new_empty(self.template.shape[0], weight.shape[0])
+        template = self.template.new_empty(()).expand(len(self.template), len(weight))
         if self.is_identity:
-            gram_matrix = weight @ weight.T
-            return JacobianOperator(lambda u: u @ gram_matrix, lambda u: u @ weight, template, shared=weight)
-        return JacobianOperator(lambda u: self.gram(u @ weight) @ weight.T, lambda u: self.vjp(u @ weight), template)
+            return _shared_jacobian(weight, gram_of(weight), template)
+        part = self.part
+        return JacobianOperator(
+            gram=lambda u: self.gram(u @ weight) @ weight.T,
+            vjp=lambda u: self.vjp(u @ weight),
+            template=template,
+            widest=max(self.widest, len(weight)),
+            part=None if part is None else lambda rows: part(rows).times_weight(weight),
+        )
 
     def times_diagonal(self, diagonal: Tensor) -> JacobianOperator:
         """D J for diagonals (B, n)."""
+        part = self.part
         return JacobianOperator(
-            lambda u: diagonal * self.gram(diagonal * u),
-            lambda u: self.vjp(diagonal * u),
-            self.template,
+            gram=lambda u: diagonal * self.gram(diagonal * u),
+            vjp=lambda u: self.vjp(diagonal * u),
+            template=self.template,
+            widest=self.widest,
+            part=None if part is None else lambda rows: part(rows).times_diagonal(diagonal[rows]),
             support=diagonal != 0,
         )
+
+    def restricted(self, rows: Tensor) -> JacobianOperator:
+        """The operator of some samples, if need be at the cost of all."""
+        if self.part is not None:
+            return self.part(rows)
+
+        def padded(product: MatVec) -> MatVec:
+            return lambda u: product(torch.zeros_like(self.template).index_copy_(0, rows, u))[rows]
+
+        return JacobianOperator(padded(self.gram), padded(self.vjp), self.template[rows], self.widest)
 
     def materialize(self) -> Tensor:
         """J itself, one row at a time: (B, n, d)."""
@@ -77,22 +106,49 @@ class JacobianOperator:
             yield unit
 
 
+def gram_of(weight: Tensor) -> MatVec:
+    """u ↦ W Wᵀ u for rows u, by the cheaper way: W Wᵀ is formed once, when first needed, unless W is low."""
+    rows, columns = weight.shape
+    if rows > 2 * columns:
+        return lambda u: (u @ weight) @ weight.T
+    formed = functools.cache(lambda: weight @ weight.T)
+    return lambda u: u @ formed()
+
+
+def _shared_jacobian(weight: Tensor, gram: MatVec, template: Tensor) -> JacobianOperator:
+    """W for every sample."""
+    return JacobianOperator(
+        gram=gram,
+        vjp=lambda u: u @ weight,
+        template=template,
+        widest=max(weight.shape),
+        part=lambda rows: _shared_jacobian(weight, gram, template[rows]),
+    )
+
+
 def autograd_jacobian(output: Tensor, inputs: Sequence[Tensor]) -> JacobianOperator:
     """∇_x of any tensor (B, n) in the graph of the inputs (B, …); the inputs are laid side by side: d = Σ d_i."""
-    probe = torch.zeros_like(output, requires_grad=True)
-    images = torch.autograd.grad(output, list(inputs), probe, create_graph=True, allow_unused=True)
-    used = [(tensor, image) for tensor, image in zip(inputs, images, strict=True) if image is not None]
 
-    def vjp_parts(u: Tensor) -> list[Tensor]:
-        return list(torch.autograd.grad(output, [tensor for tensor, _ in used], u, retain_graph=True))
+    def vjp_parts(u: Tensor, create_graph: bool = False) -> list[Tensor]:
+        parts = torch.autograd.grad(
+            output, list(inputs), u, retain_graph=True, create_graph=create_graph, allow_unused=True
+        )
+        return [part for part in parts if part is not None]
 
     def vjp(u: Tensor) -> Tensor:
         return torch.cat([part.flatten(1) for part in vjp_parts(u)], 1)
 
-    def gram(u: Tensor) -> Tensor:  # Jᵀ is linear in the probe, so its derivative there is J
-        return torch.autograd.grad([image for _, image in used], probe, vjp_parts(u), retain_graph=True)[0]
+    @functools.cache
+    def probed() -> tuple[Tensor, list[Tensor]]:  # a graph of the backward pass, made if products with J are wanted
+        probe = torch.zeros_like(output, requires_grad=True)
+        return probe, vjp_parts(probe, create_graph=True)
 
-    return JacobianOperator(gram, vjp, output.detach())
+    def gram(u: Tensor) -> Tensor:  # Jᵀ is linear in the probe, so its derivative there is J
+        probe, images = probed()
+        return torch.autograd.grad(images, probe, vjp_parts(u), retain_graph=True)[0]
+
+    columns = sum(tensor[0].numel() for tensor in inputs)
+    return JacobianOperator(gram, vjp, output.detach(), widest=max(columns, output.shape[1]))
 
 
 def chained_jacobian(

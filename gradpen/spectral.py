@@ -31,6 +31,7 @@ from torch import Tensor
 from gradpen._numerics import divide_or_zero, widest_float
 
 MatVec = Callable[[Tensor], Tensor]
+Holds = Callable[[Tensor], Tensor]  # numbers (B, points) → bool
 
 
 class Bracket(NamedTuple):
@@ -47,8 +48,11 @@ class Bracket(NamedTuple):
 
 def dense_bracket(matrices: Tensor) -> Bracket:
     """Largest singular values of explicit matrices (…, m, n), both ends equal up to rounding: (…)."""
-    largest = torch.linalg.svdvals(widest_float(matrices))[..., 0]
     slack = torch.finfo(matrices.dtype).eps * sum(matrices.shape[-2:])
+    scale = widest_float(matrices.abs().amax((-2, -1), keepdim=True))  # so that squares stay in range
+    rows = divide_or_zero(widest_float(matrices), scale)
+    rows = rows if rows.shape[-2] <= rows.shape[-1] else rows.mT
+    largest = torch.linalg.eigvalsh(rows @ rows.mT)[..., -1].clamp(min=0).sqrt() * scale[..., 0, 0]
     return Bracket(largest, largest * (1 + slack))
 
 
@@ -65,19 +69,22 @@ def lanczos_bracket(
     delta: float,
     rtol: float = 0.05,
     max_steps: int = 96,
-    reorthogonalize: bool = False,
+    restrict: Callable[[Tensor], MatVec] | None = None,
 ) -> Bracket:
     """Largest singular value of J_b for every b, from products with A_b = J_b J_bᵀ.
+
+    The plain three-term recurrence: no basis is kept, and copies of converged Ritz values do no harm to the largest one.
+    The host looks at the device for the dimension of the start, and a few times, at steps foretold from how fast K grows,
+    for how many samples are narrow enough; nothing else in the iteration waits.
 
     Args:
         gram: (B, n) → (B, n), row b multiplied by A_b.
         start: (B, n), standard normal entries; a row may be 0 where A_b is known to be (dead units): the number of its
             non-zero entries takes the place of n.
         delta: each upper end fails with probability at most this.
-        rtol: stop when no bracket is wider than this fraction of its upper end.
+        rtol: a sample is done when its bracket is no wider than this fraction of its upper end.
         max_steps: stop after so many products.
-        reorthogonalize: keep the whole Krylov basis orthogonal. It costs memory and twice the time; without it the ends move
-            by rounding only, since copies of converged Ritz values do no harm to the largest one.
+        restrict: indices of samples → `gram` for these alone. If given, samples that are done leave the batch.
 
     Returns:
         Bracket of shape (B,).
@@ -85,36 +92,37 @@ def lanczos_bracket(
     dimension = (start != 0).sum(1)
     log_weight = _log_smallest_weight(dimension, delta)
     max_steps = min(max_steps, max(int(dimension.max()), 1))
+    alphas, betas = start.new_zeros(2, max_steps, len(start))
+    steps = torch.zeros_like(dimension)
+    samples = torch.arange(len(start), device=start.device)
     q = divide_or_zero(start, torch.linalg.vector_norm(start, dim=1, keepdim=True))
-    before = torch.zeros_like(q)
-    basis = [q]
-    size = beta = q.new_zeros(len(q))
-    exhausted = 4 * torch.finfo(start.dtype).eps
-    alphas, betas = q.new_zeros(len(q), max_steps), q.new_zeros(len(q), max_steps)
-    point = torch.zeros_like(log_weight)
-    next_check = 8
-    for step in range(max_steps):
-        w = gram(q)
-        alpha = torch.linalg.vecdot(q, w)
-        w = w - alpha.unsqueeze(1) * q - beta.unsqueeze(1) * before
-        if reorthogonalize:
-            w = _orthogonalized(w, torch.stack(basis, 1))
-        beta = torch.linalg.vector_norm(w, dim=1)
-        size = torch.maximum(size, alpha.abs() + beta)
-        beta = torch.where(
-            beta > exhausted * size, beta, 0.0
-        )  # what is left is rounding: the Krylov space is exhausted
-        alphas[:, step], betas[:, step] = alpha, beta
-        before, q = q, divide_or_zero(w, beta.unsqueeze(1))
-        if reorthogonalize:
-            basis.append(q)
-        steps = step + 1
-        if steps in (next_check, max_steps):
-            bracket, point = _bracket_of_recurrence(alphas[:, :steps], betas[:, :steps], log_weight, point, start.dtype)
-            if bool((bracket.width <= rtol).all()):
-                break
-            next_check += max(steps // 4, 2)
-    return bracket
+    before, beta, size = torch.zeros_like(q), q.new_zeros(len(q)), q.new_zeros(len(q))
+    next_look = _FIRST_LOOK
+    for step in range(1, max_steps + 1):
+        w, alpha, beta, size = _lanczos_step(gram, q, before, beta, size)
+        alphas[step - 1, samples], betas[step - 1, samples] = alpha, beta
+        before, q = q, w
+        if step < next_look or step == max_steps:
+            continue
+        steps[samples] = step
+        recurrence = _Recurrence.of(alphas[:step, samples], betas[:step, samples], steps[samples])
+        remaining = _remaining_steps(recurrence, log_weight[samples], rtol)
+        finished = remaining == 0
+        if bool(finished.all()):
+            break
+        if restrict is not None and int(finished.sum()) >= _WORTH_LEAVING * len(samples):
+            kept = finished.logical_not().nonzero().squeeze(1)
+            samples, q, before, beta, size = (tensor[kept] for tensor in (samples, q, before, beta, size))
+            gram, remaining = restrict(samples), remaining[kept]
+        next_look = step + int(remaining.quantile(_LOOK_QUANTILE if restrict else 1.0).clamp(1, max_steps))
+    else:
+        steps[samples] = max_steps
+    return _bracket_of_recurrence(_Recurrence.of(alphas, betas, steps), log_weight)
+
+
+_FIRST_LOOK = 8
+_WORTH_LEAVING = 1 / 8  # a smaller part of the batch is not worth the copies
+_LOOK_QUANTILE = 0.25
 
 
 def normal_start(shape: tuple[int, int], support: Tensor | None, like: Tensor, seed: int) -> Tensor:
@@ -124,10 +132,18 @@ def normal_start(shape: tuple[int, int], support: Tensor | None, like: Tensor, s
     return start if support is None else start * support
 
 
-def _orthogonalized(w: Tensor, basis: Tensor) -> Tensor:
-    """w (B, n) without its components along the basis (B, steps, n): rounding would bring converged directions back."""
-    components = torch.bmm(basis, w.unsqueeze(2))
-    return torch.baddbmm(w.unsqueeze(2), basis.transpose(1, 2), components, alpha=-1).squeeze(2)
+def _lanczos_step(
+    gram: MatVec, q: Tensor, before: Tensor, beta: Tensor, size: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The next vector, α, β, and the size of the operator as seen so far."""
+    w = gram(q)
+    alpha = torch.linalg.vecdot(q, w)
+    w = torch.addcmul(w, q, alpha.unsqueeze(1), value=-1).addcmul_(before, beta.unsqueeze(1), value=-1)
+    beta = torch.linalg.vector_norm(w, dim=1)
+    size = torch.maximum(size, alpha.abs() + beta)
+    exhausted = beta <= 4 * torch.finfo(q.dtype).eps * size  # what is left is rounding, and the next vector 0
+    w = w.div_(torch.where(exhausted, torch.inf, beta).unsqueeze(1))
+    return w, alpha, torch.where(exhausted, 0.0, beta), size
 
 
 def _log_smallest_weight(dimension: Tensor, delta: float) -> Tensor:
@@ -138,63 +154,90 @@ def _log_smallest_weight(dimension: Tensor, delta: float) -> Tensor:
     return torch.where(dimension > 1, log_weight, 0.0)  # in one dimension the weight is 1
 
 
-def _bracket_of_recurrence(
-    alphas: Tensor, betas: Tensor, log_weight: Tensor, point: Tensor, dtype: torch.dtype
-) -> tuple[Bracket, Tensor]:
-    """From the coefficients (B, k) to the bracket of the largest singular value, √ of that of the eigenvalue.
+class _Recurrence(NamedTuple):
+    """The coefficients of every sample, divided by a bound of its largest Ritz value; those behind `steps` do not count."""
 
-    `point` is a guess of log((μ − θ)/θ) for the upper end; its value comes back as the next guess.
+    alphas: Tensor  # (k, B, 1)
+    betas: Tensor  # (k, B, 1)
+    counts: Tensor  # (k, B, 1) bool
+    scale: Tensor  # (B,): Gershgorin's bound
+    eps: float
+    slack: Tensor  # (B,): allowance for rounding, relative to an eigenvalue
+
+    @classmethod
+    def of(cls, alphas: Tensor, betas: Tensor, steps: Tensor) -> _Recurrence:
+        """From the coefficients (k, B) and the number (B,) of those that count."""
+        eps = torch.finfo(alphas.dtype).eps
+        numbers = torch.arange(len(alphas), device=alphas.device).unsqueeze(1)
+        alphas, betas = widest_float(alphas), widest_float(betas)
+        scale = (alphas.abs() + betas + torch.nn.functional.pad(betas[:-1], (0, 0, 1, 0))).amax(0)
+        slack = eps * torch.maximum(4 * widest_float(steps).sqrt(), widest_float(steps))
+        alphas, betas = divide_or_zero(alphas, scale).unsqueeze(2), divide_or_zero(betas, scale).unsqueeze(2)
+        return cls(alphas, betas.clamp(min=eps), (numbers < steps).unsqueeze(2), scale, eps, slack)
+
+    def ratios(self, mu: Tensor) -> Tensor:
+        """p_j(μ)/p_{j−1}(μ) at (B, points), 1 where j does not count: (k, B, points). They do not overflow, as p_j may."""
+        found = []
+        shifted = mu - self.alphas
+        for beta, shift in zip(self.betas, shifted, strict=True):
+            found.append(shift / beta if not found else (shift - carried / found[-1]) / beta)
+            carried = beta
+        return torch.where(self.counts, torch.stack(found), 1.0)
+
+    def is_beyond(self, mu: Tensor) -> Tensor:
+        """Whether μ exceeds the largest Ritz value: every p_j is positive there, and only there."""
+        return (self.ratios(mu) > 0).all(0)
+
+    def log_christoffel(self, mu: Tensor) -> tuple[Tensor, Tensor]:
+        """log K(μ) at (B, points), −∞ up to the largest Ritz value, and what the last step has added to log p."""
+        ratios = self.ratios(mu)
+        beyond = (ratios > 0).all(0)
+        logs = torch.where(beyond, ratios, 1.0).log()
+        log_squares = torch.where(self.counts, 2 * logs.cumsum(0), -torch.inf)
+        log_k = torch.logaddexp(log_squares.logsumexp(0), torch.zeros_like(mu))
+        return torch.where(beyond, log_k, -torch.inf), logs[-1]
+
+
+def _remaining_steps(recurrence: _Recurrence, log_weight: Tensor, rtol: float) -> Tensor:
+    """0 where the bracket is no wider than `rtol`; elsewhere about how many steps it will take: (B,)."""
+    ritz, _ = _narrowed(recurrence.is_beyond, torch.zeros_like(log_weight), torch.ones_like(log_weight), rounds=3)
+    target = ritz * (1 - recurrence.slack) / (1 + recurrence.slack) / (1 - min(rtol, 0.99)) ** 2
+    log_k, growth = recurrence.log_christoffel(target.unsqueeze(1))
+    missing = -log_weight - log_k.squeeze(1)
+    estimate = (missing / (2 * growth.squeeze(1))).nan_to_num(posinf=torch.inf).clamp(1, len(recurrence.alphas))
+    return torch.where((missing <= 0) | (recurrence.scale == 0), 0.0, estimate.floor())
+
+
+def _bracket_of_recurrence(recurrence: _Recurrence, log_weight: Tensor) -> Bracket:
+    """From the coefficients to the bracket of the largest singular value, √ of that of the eigenvalue: (B,)."""
+    zeros, slack = torch.zeros_like(log_weight), recurrence.slack
+    lower, upper = _narrowed(recurrence.is_beyond, zeros, zeros + 1, rounds=13)
+
+    def certain(excess: Tensor) -> Tensor:
+        return recurrence.log_christoffel(_beyond(upper, excess))[0] >= -log_weight.unsqueeze(1)
+
+    # log((μ − θ)/θ), from rounding to where p_1 = (μ − α_1)/β_1 alone makes K large enough
+    high = 2 - log_weight / 2 + divide_or_zero(recurrence.betas[0, :, 0], lower).clamp(min=1).log()
+    _, excess = _narrowed(certain, zeros + math.log(recurrence.eps) - 2, high, rounds=3)
+    upper = _beyond(upper, excess.unsqueeze(1)).squeeze(1)
+    ends = (lower * (1 - slack) * recurrence.scale, upper * (1 + slack) * recurrence.scale)
+    return Bracket(ends[0].sqrt(), ends[1].sqrt())
+
+
+def _beyond(ritz: Tensor, excess: Tensor) -> Tensor:
+    """μ = θ (1 + e^excess): (B, points)."""
+    return ritz.unsqueeze(1) * (1 + excess.exp())
+
+
+def _narrowed(holds: Holds, low: Tensor, high: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
+    """Where `holds` turns from false to true between (B,) ends, of which it is true at `high`; 1/16 of it each round.
+
+    The points of one round cost little more than one point alone, and nobody has to wait for the outcome.
     """
-    alphas, betas = widest_float(alphas), widest_float(betas)
-    tridiagonal = torch.diag_embed(alphas)
-    tridiagonal.diagonal(1, -2, -1).copy_(betas[:, :-1])
-    tridiagonal.diagonal(-1, -2, -1).copy_(betas[:, :-1])
-    ritz = torch.linalg.eigvalsh(tridiagonal)[:, -1].clamp(min=0)
-    eps = torch.finfo(dtype).eps
-    slack = eps * max(4 * alphas.shape[1] ** 0.5, alphas.shape[1])
-    point = _christoffel_root(alphas, betas, ritz, log_weight, point, eps)
-    upper = ritz * (1 + point.exp())
-    return Bracket((ritz * (1 - slack)).sqrt(), (upper * (1 + slack)).sqrt()), point
-
-
-def _christoffel_root(
-    alphas: Tensor, betas: Tensor, ritz: Tensor, log_weight: Tensor, point: Tensor, eps: float
-) -> Tensor:
-    """log((μ − θ)/θ) of the root of log K(μ) = −log t, not below it, by Newton steps kept inside a bisection."""
-    ritz = torch.where(ritz > 0, ritz, 1.0)
-    low, high = torch.full_like(ritz, math.log(eps) - 2), torch.full_like(ritz, 40.0)
-    for _ in range(60):
-        mu = ritz * (1 + point.exp())
-        log_k, slope = _log_christoffel(alphas, betas, mu, eps * ritz)
-        excess = log_k + log_weight
-        high, low = torch.where(excess >= 0, point, high), torch.where(excess >= 0, low, point)
-        newton = point - excess / (slope * (mu - ritz))
-        inside = (newton > low) & (newton < high)
-        point, moved = torch.where(inside, newton, (low + high) / 2), point
-        if bool(((point - moved).abs() <= _ROOT_TOLERANCE).all()):
-            break
-    return torch.minimum(high, point + 2 * _ROOT_TOLERANCE)  # high is known to be above the root
-
-
-_ROOT_TOLERANCE = 1e-2  # of log((μ − θ)/θ): a hundredth of the bracket's width
-
-
-def _log_christoffel(alphas: Tensor, betas: Tensor, mu: Tensor, negligible: Tensor) -> tuple[Tensor, Tensor]:
-    """log K(μ) and d log K/dμ beyond the largest Ritz value, by ratios ρ_j = p_j/p_{j−1} that do not overflow."""
-    log_ps, dlog_ps = [torch.zeros_like(mu)], [torch.zeros_like(mu)]
-    shifted = mu.unsqueeze(1) - alphas
-    betas = torch.maximum(betas, negligible.unsqueeze(1))  # an exhausted Krylov space leaves no weight beyond θ
-    ratio = shifted[:, 0] / betas[:, 0]
-    dratio = 1 / betas[:, 0]
-    for j in range(alphas.shape[1]):
-        if j > 0:
-            before = betas[:, j - 1] / ratio
-            ratio, dratio = (
-                (shifted[:, j] - before) / betas[:, j],
-                (1 + before / ratio * dratio) / betas[:, j],
-            )
-        log_ps.append(log_ps[-1] + ratio.log())
-        dlog_ps.append(dlog_ps[-1] + dratio / ratio)
-    log_squares = 2 * torch.stack(log_ps)
-    slope = (torch.softmax(log_squares, 0) * torch.stack(dlog_ps)).sum(0) * 2
-    return torch.logsumexp(log_squares, 0), slope
+    fractions = torch.linspace(0, 1, 17, dtype=low.dtype, device=low.device)
+    for _ in range(rounds):
+        points = low.unsqueeze(1) + (high - low).unsqueeze(1) * fractions
+        turned = holds(points[:, 1:-1]).int().cumsum(1).clamp(max=1)  # rounding must not make it turn back
+        interval = (fractions.numel() - 2 - turned.sum(1)).unsqueeze(1)
+        low, high = points.gather(1, interval).squeeze(1), points.gather(1, interval + 1).squeeze(1)
+    return low, high
