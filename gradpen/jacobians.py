@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
@@ -29,7 +30,8 @@ class JacobianOperator:
         gram: (B, n) → (B, n), u ↦ J Jᵀ u.
         vjp: (B, n) → (B, d), u ↦ Jᵀ u.
         template: (B, n), a tensor of the right shape, type and device.
-        widest: entries of the longest vector on the way, at least d.
+        columns: d.
+        widest: entries of the longest vector on the way.
         part: indices of samples → the operator of these alone, at their share of the cost; None if there is no such thing.
         support: (B, n), False where a row of J_b is known to be 0; None if nothing is known.
         is_identity: J_b = I for every sample (the input itself).
@@ -38,6 +40,7 @@ class JacobianOperator:
     gram: MatVec
     vjp: MatVec
     template: Tensor
+    columns: int
     widest: int
     part: Callable[[Tensor], JacobianOperator] | None = None
     support: Tensor | None = None
@@ -50,6 +53,7 @@ class JacobianOperator:
             gram=lambda u: u,
             vjp=lambda u: u,
             template=template,
+            columns=template.shape[1],
             widest=template.shape[1],
             part=lambda rows: cls.identity(template[rows]),
             is_identity=True,
@@ -65,6 +69,7 @@ class JacobianOperator:
             gram=lambda u: self.gram(u @ weight) @ weight.T,
             vjp=lambda u: self.vjp(u @ weight),
             template=template,
+            columns=self.columns,
             widest=max(self.widest, len(weight)),
             part=None if part is None else lambda rows: part(rows).times_weight(weight),
         )
@@ -76,6 +81,7 @@ class JacobianOperator:
             gram=lambda u: diagonal * self.gram(diagonal * u),
             vjp=lambda u: self.vjp(diagonal * u),
             template=self.template,
+            columns=self.columns,
             widest=self.widest,
             part=None if part is None else lambda rows: part(rows).times_diagonal(diagonal[rows]),
             support=diagonal != 0,
@@ -89,7 +95,7 @@ class JacobianOperator:
         def padded(product: MatVec) -> MatVec:
             return lambda u: product(torch.zeros_like(self.template).index_copy_(0, rows, u))[rows]
 
-        return JacobianOperator(padded(self.gram), padded(self.vjp), self.template[rows], self.widest)
+        return JacobianOperator(padded(self.gram), padded(self.vjp), self.template[rows], self.columns, self.widest)
 
     def materialize(self) -> Tensor:
         """J itself, one row at a time: (B, n, d)."""
@@ -121,9 +127,46 @@ def _shared_jacobian(weight: Tensor, gram: MatVec, template: Tensor) -> Jacobian
         gram=gram,
         vjp=lambda u: u @ weight,
         template=template,
+        columns=weight.shape[1],
         widest=max(weight.shape),
         part=lambda rows: _shared_jacobian(weight, gram, template[rows]),
     )
+
+
+def matrix_operator(weight: Tensor) -> JacobianOperator:
+    """One matrix as the operator of a single sample: two products with W, as W Wᵀ would cost more than it saves."""
+    return _shared_jacobian(weight, lambda u: (u @ weight) @ weight.T, weight.new_empty(()).expand(1, len(weight)))
+
+
+def stacked(operators: Sequence[JacobianOperator]) -> JacobianOperator:
+    """The samples of all operators as samples of one; rows are padded with zeros to the longest. It has no `vjp`."""
+    sizes = [len(operator.template) for operator in operators]
+    lengths = [operator.template.shape[1] for operator in operators]
+    longest = max(lengths)
+
+    def gram(u: Tensor) -> Tensor:
+        parts = [
+            F.pad(operator.gram(part[:, :length]), (0, longest - length))
+            for operator, part, length in zip(operators, u.split(sizes), lengths, strict=True)
+        ]
+        return torch.cat(parts)
+
+    def vjp(u: Tensor) -> Tensor:
+        raise NotImplementedError("the operators may have different numbers of columns")
+
+    def part(rows: Tensor) -> JacobianOperator:
+        ends = torch.tensor(sizes, device=rows.device).cumsum(0)
+        counts = torch.bucketize(rows, ends, right=True).bincount(minlength=len(sizes)).tolist()
+        found, first = [], 0
+        for operator, size, own in zip(operators, sizes, rows.split(counts), strict=True):
+            if len(own):
+                found.append(operator if len(own) == size else operator.restricted(own - first))
+            first += size
+        return stacked(found)
+
+    template = operators[0].template.new_empty(()).expand(sum(sizes), longest)
+    widest = max(operator.widest for operator in operators)
+    return JacobianOperator(gram, vjp, template, longest, widest, part)
 
 
 def autograd_jacobian(output: Tensor, inputs: Sequence[Tensor]) -> JacobianOperator:
@@ -148,7 +191,7 @@ def autograd_jacobian(output: Tensor, inputs: Sequence[Tensor]) -> JacobianOpera
         return torch.autograd.grad(images, probe, vjp_parts(u), retain_graph=True)[0]
 
     columns = sum(tensor[0].numel() for tensor in inputs)
-    return JacobianOperator(gram, vjp, output.detach(), widest=max(columns, output.shape[1]))
+    return JacobianOperator(gram, vjp, output.detach(), columns, widest=max(columns, output.shape[1]))
 
 
 def chained_jacobian(

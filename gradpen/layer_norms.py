@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gradpen import jacobians, spectral
@@ -61,126 +63,143 @@ def layer_norms(
     layers: Sequence[CutLayer], operators: Sequence[jacobians.JacobianOperator], settings: NormSettings
 ) -> list[LayerNorms]:
     """All norms that the settings ask for; the failure probability is shared by the brackets that may fail."""
-    joint_alone = settings.norm == "joint" and not settings.slack
-    weights = [
-        layer.weight
-        for layer, operator in zip(layers, operators, strict=True)
-        if not joint_alone or operator.is_identity
-    ]
-    certified = sum(_is_iterated_weight(weight, settings) for weight in weights)
-    for layer, operator in zip(layers, operators, strict=True):
-        certified += len(operator.template) * (not joint_alone and _is_iterated(operator.template.shape[1], settings))
-        certified += len(operator.template) * (settings.norm == "joint" and _is_iterated(len(layer.weight), settings))
-    delta = settings.delta / max(certified, 1)
-    weight_norms = iter(_weight_norms(weights, settings, delta))
+    has_factors = settings.norm == "spectral" or (settings.norm == "joint" and settings.slack)
+    has_product = settings.norm == "joint" or settings.slack
+    wanted: Operators = {}
+    for position, (layer, operator) in enumerate(zip(layers, operators, strict=True)):
+        if has_factors or (has_product and operator.is_identity):
+            wanted[position, "weight"] = jacobians.matrix_operator(layer.weight)
+        if has_factors and not operator.is_identity:
+            wanted[position, "jacobian"] = operator
+        if has_product and not operator.is_identity:
+            wanted[position, "product"] = operator.times_weight(layer.weight)
+    found = _spectral_norms(wanted, settings)
     return [
-        _norms(layer, operator, None if joint_alone and not operator.is_identity else next(weight_norms), settings, delta)
-        for layer, operator in zip(layers, operators, strict=True)
+        _assembled(layer, operator, {kind: found[p, kind] for p, kind in found if p == position}, settings)
+        for position, (layer, operator) in enumerate(zip(layers, operators, strict=True))
     ]
 
 
-def _norms(
-    layer: CutLayer,
-    operator: jacobians.JacobianOperator,
-    weight: Bracket | None,
-    settings: NormSettings,
-    delta: float,
+Operators = dict[tuple[int, str], jacobians.JacobianOperator]  # (position of the layer, which of its norms)
+
+
+def _assembled(
+    layer: CutLayer, operator: jacobians.JacobianOperator, found: dict[str, Bracket], settings: NormSettings
 ) -> LayerNorms:
-    product = None
-    if settings.norm == "joint" or settings.slack:
-        product = _product_norm(layer, operator, weight, settings, delta)
-    if product is not None and settings.norm == "joint" and not settings.slack:
+    """The norms of one layer; J_1 = I, so that W_1 J_1 is W_1."""
+    ones = widest_float(operator.template.new_ones(len(operator.template)))
+    product = found.get("product")
+    if operator.is_identity and (settings.norm == "joint" or settings.slack):
+        product = Bracket(found["weight"].lower * ones, found["weight"].upper * ones)
+    if settings.norm == "joint" and not settings.slack:
+        assert product is not None
         return LayerNorms(product, None, None, product)
-    assert weight is not None
     if settings.norm == "frobenius":
         weight = spectral.exact_bracket(widest_float(layer.weight).square().sum().sqrt())
         jacobian = spectral.exact_bracket(operator.sq_frobenius_norm().sqrt())
     else:
-        jacobian = _operator_norm(operator, settings, delta)
+        weight = found["weight"]
+        jacobian = spectral.exact_bracket(ones) if operator.is_identity else found["jacobian"]
     apart = Bracket(weight.lower * jacobian.lower, weight.upper * jacobian.upper)
     denominator = apart if product is None or settings.norm != "joint" else product
     return LayerNorms(denominator, weight, jacobian, product)
 
 
-def _product_norm(
-    layer: CutLayer,
-    operator: jacobians.JacobianOperator,
-    weight: Bracket | None,
-    settings: NormSettings,
-    delta: float,
-) -> Bracket:
-    """‖W J_b‖₂ for every sample: (B,). Where no bound rests on its upper end, that may be wrong now and then."""
-    if operator.is_identity and weight is not None:
-        return Bracket(*(end.expand(len(operator.template)) for end in weight))
-    delta = delta if settings.norm == "joint" else max(delta, _SLACK_DELTA)
-    return _operator_norm(operator.times_weight(layer.weight), settings, delta)
+def _spectral_norms(wanted: Operators, settings: NormSettings) -> dict[tuple[int, str], Bracket]:
+    """‖·‖₂ of every sample of every operator: (B,), 0-dim for a weight.
+
+    Where no bound rests on the upper end of ‖W J‖, it may fail now and then.
+    """
+    iterated = {key: operator for key, operator in wanted.items() if _is_iterated(key[1], operator, settings)}
+    estimates = set() if settings.norm == "joint" else {key for key in iterated if key[1] == "product"}
+    certified = sum(len(operator.template) for key, operator in iterated.items() if key not in estimates)
+    delta = settings.delta / max(certified, 1)
+    deltas = [max(delta, _SLACK_DELTA) if key in estimates else delta for key in iterated]
+    found = dict(zip(iterated, _iterated_norms(list(iterated.values()), deltas, settings), strict=True))
+    for key, operator in wanted.items():
+        if key not in iterated:
+            found[key] = _dense_norms(operator, settings)
+    return {
+        key: Bracket(bracket.lower[0], bracket.upper[0]) if key[1] == "weight" else bracket
+        for key, bracket in found.items()
+    }
 
 
-def _operator_norm(operator: jacobians.JacobianOperator, settings: NormSettings, delta: float) -> Bracket:
-    """‖J_b‖₂ for every sample, by as many samples at a time as the memory allows: (B,)."""
-    template = operator.template
-    batch_size, rows = template.shape
-    if operator.is_identity:
-        return spectral.exact_bracket(template.new_ones(batch_size))
-    iterated = _is_iterated(rows, settings)
-    vectors = _KRYLOV_VECTORS if iterated else rows * _DENSE_COPIES
-    chunk = max(settings.memory_budget // (vectors * operator.widest * template.element_size()), 1)
-    if chunk >= batch_size or (iterated and operator.part is None):  # a part would take as much as the whole
-        chunk = batch_size
-    start = spectral.normal_start((batch_size, rows), operator.support, template, seed=0) if iterated else template
-    brackets = []
-    for samples in torch.arange(batch_size, device=template.device).split(chunk):
-        part = operator if chunk == batch_size else operator.restricted(samples)
-        if iterated:
-            brackets.append(_iterated_norm(part, start[samples], settings, delta))
-        else:
-            brackets.append(spectral.dense_bracket(part.materialize()))
+def _is_iterated(kind: str, operator: jacobians.JacobianOperator, settings: NormSettings) -> bool:
+    """Below some size explicit singular values cost less than the Lanczos steps that they would replace."""
+    size, limit = operator.template.shape[1], _DENSE_ROWS
+    if kind == "weight":
+        size, limit = min(size, operator.columns), _DENSE_WEIGHT
+    return settings.method == "krylov" or (settings.method == "auto" and size > limit)
+
+
+def _dense_norms(operator: jacobians.JacobianOperator, settings: NormSettings) -> Bracket:
+    """From explicit Jacobians, of as many samples at a time as the memory allows."""
+    rows = operator.template.shape[1]
+    row_bytes = _DENSE_COPIES * operator.columns * operator.template.element_size()
+    brackets = [
+        spectral.dense_bracket(part.materialize())
+        for part in _parts(operator, max(settings.memory_budget // (rows * row_bytes), 1))
+    ]
     return Bracket(*(torch.cat(ends) for ends in zip(*brackets, strict=True)))
 
 
-def _iterated_norm(
-    operator: jacobians.JacobianOperator, start: Tensor, settings: NormSettings, delta: float
-) -> Bracket:
-    part = operator.part
-    restrict = None if part is None else lambda samples: part(samples).gram
-    return spectral.lanczos_bracket(operator.gram, start, delta=delta, rtol=settings.rtol, restrict=restrict)
+def _parts(operator: jacobians.JacobianOperator, size: int) -> Iterator[jacobians.JacobianOperator]:
+    """The operator, `size` samples at a time."""
+    samples = torch.arange(len(operator.template), device=operator.template.device)
+    if len(samples) <= size:
+        yield operator
+        return
+    for part in samples.split(size):
+        yield operator.restricted(part)
 
 
-def _weight_norms(weights: Sequence[Tensor], settings: NormSettings, delta: float) -> list[Bracket]:
-    """‖W‖₂ of every weight, 0-dim: those that are iterated side by side, as rows of one iteration."""
-    iterated = [weight for weight in weights if _is_iterated_weight(weight, settings)]
-    found = iter(_stacked_norms(iterated, settings, delta)) if iterated else iter([])
-    return [
-        next(found) if _is_iterated_weight(weight, settings) else spectral.dense_bracket(weight) for weight in weights
-    ]
+def _iterated_norms(
+    operators: Sequence[jacobians.JacobianOperator], deltas: Sequence[float], settings: NormSettings
+) -> list[Bracket]:
+    """All operators in one sweep, of as many samples at a time as the memory allows.
+
+    A sample of an operator without parts takes as much as all of them, so these are swept whole.
+    """
+    ends: list[list[Bracket]] = [[] for _ in operators]
+    for separable in (True, False):
+        numbers = [n for n, operator in enumerate(operators) if (operator.part is not None) == separable]
+        size = max((len(operators[n].template) for n in numbers), default=0)
+        if separable and numbers:
+            widest = [operators[n].widest * operators[n].template.element_size() for n in numbers]
+            size = min(size, max(settings.memory_budget // (_KRYLOV_VECTORS * sum(widest)), 1))
+        parts = [_parts(operators[n], size) for n in numbers]
+        starts = [_start(operators[n], seed=n).split(size) for n in numbers]
+        for sweep in itertools.zip_longest(*(zip(*pair, strict=True) for pair in zip(parts, starts, strict=True))):
+            present = [(n, *entry) for n, entry in zip(numbers, sweep, strict=True) if entry is not None]
+            swept = _swept_norms([e[1] for e in present], [e[2] for e in present], [deltas[e[0]] for e in present], settings)
+            for (n, *_), bracket in zip(present, swept, strict=True):
+                ends[n].append(bracket)
+    return [Bracket(*(torch.cat(end) for end in zip(*brackets, strict=True))) for brackets in ends]
 
 
-def _stacked_norms(weights: Sequence[Tensor], settings: NormSettings, delta: float) -> list[Bracket]:
-    rows = max(len(weight) for weight in weights)
-    products = [jacobians.gram_of(weight) for weight in weights]
-
-    def gram(u: Tensor) -> Tensor:
-        out = torch.zeros_like(u)
-        for row, (weight, product) in enumerate(zip(weights, products, strict=True)):
-            out[row : row + 1, : len(weight)] = product(u[row : row + 1, : len(weight)])
-        return out
-
-    support = torch.stack([torch.arange(rows, device=weight.device) < len(weight) for weight in weights])
-    start = spectral.normal_start((len(weights), rows), support, weights[0], seed=1)
-    bracket = spectral.lanczos_bracket(gram, start, delta=delta, rtol=settings.rtol)
-    return [Bracket(*ends) for ends in zip(*bracket, strict=True)]
+def _start(operator: jacobians.JacobianOperator, seed: int) -> Tensor:
+    batch_size, rows = operator.template.shape
+    return spectral.normal_start((batch_size, rows), operator.support, operator.template, seed)
 
 
-def _is_iterated(rows: int, settings: NormSettings) -> bool:
-    """Whether the norm of a matrix of so many rows for every sample is iterated; singular values are exact."""
-    return settings.method == "krylov" or (settings.method == "auto" and rows > _DENSE_ROWS)
+def _swept_norms(
+    operators: Sequence[jacobians.JacobianOperator],
+    starts: Sequence[Tensor],
+    deltas: Sequence[float],
+    settings: NormSettings,
+) -> list[Bracket]:
+    """One iteration for all samples of all operators."""
+    sizes = [len(start) for start in starts]
+    whole = jacobians.stacked(operators)
+    start = torch.cat([F.pad(start, (0, whole.template.shape[1] - start.shape[1])) for start in starts])
+    delta = torch.tensor(deltas, dtype=torch.float64).repeat_interleave(torch.tensor(sizes)).to(widest_float(start[0]))
+    bracket = spectral.lanczos_bracket(
+        whole.gram, start, delta=delta, rtol=settings.rtol, restrict=lambda samples: whole.restricted(samples).gram
+    )
+    return [Bracket(*ends) for ends in zip(bracket.lower.split(sizes), bracket.upper.split(sizes), strict=True)]
 
 
-def _is_iterated_weight(weight: Tensor, settings: NormSettings) -> bool:
-    return settings.method == "krylov" or (settings.method == "auto" and min(weight.shape) > _DENSE_WEIGHT)
-
-
-# Below these sizes explicit singular values cost less than the Lanczos steps that they would replace.
 _DENSE_ROWS = 16
 _DENSE_WEIGHT = 64
 _SLACK_DELTA = 1e-2  # of one bracket of ‖W J‖ that serves the slack alone: its lower end is what counts

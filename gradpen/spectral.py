@@ -26,6 +26,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gradpen._numerics import divide_or_zero, widest_float
@@ -66,7 +67,7 @@ def lanczos_bracket(
     gram: MatVec,
     start: Tensor,
     *,
-    delta: float,
+    delta: float | Tensor,
     rtol: float = 0.05,
     max_steps: int = 96,
     restrict: Callable[[Tensor], MatVec] | None = None,
@@ -81,7 +82,7 @@ def lanczos_bracket(
         gram: (B, n) → (B, n), row b multiplied by A_b.
         start: (B, n), standard normal entries; a row may be 0 where A_b is known to be (dead units): the number of its
             non-zero entries takes the place of n.
-        delta: each upper end fails with probability at most this.
+        delta: each upper end fails with probability at most this; one number or (B,).
         rtol: a sample is done when its bracket is no wider than this fraction of its upper end.
         max_steps: stop after so many products.
         restrict: indices of samples → `gram` for these alone. If given, samples that are done leave the batch.
@@ -146,11 +147,11 @@ def _lanczos_step(
     return w, alpha, torch.where(exhausted, 0.0, beta), size
 
 
-def _log_smallest_weight(dimension: Tensor, delta: float) -> Tensor:
+def _log_smallest_weight(dimension: Tensor, delta: float | Tensor) -> Tensor:
     """log t with P(⟨q, v⟩² <= t) <= δ for q uniform on the sphere in n dimensions: t = (δ B(1/2, (n−1)/2) / 2)²."""
     half = (widest_float(dimension) - 1).clamp(min=1) / 2
     log_beta = math.lgamma(0.5) + torch.lgamma(half) - torch.lgamma(half + 0.5)
-    log_weight = 2 * (math.log(delta / 2) + log_beta)
+    log_weight = 2 * (torch.as_tensor(delta / 2, dtype=half.dtype, device=half.device).log() + log_beta)
     return torch.where(dimension > 1, log_weight, 0.0)  # in one dimension the weight is 1
 
 
@@ -170,7 +171,7 @@ class _Recurrence(NamedTuple):
         eps = torch.finfo(alphas.dtype).eps
         numbers = torch.arange(len(alphas), device=alphas.device).unsqueeze(1)
         alphas, betas = widest_float(alphas), widest_float(betas)
-        scale = (alphas.abs() + betas + torch.nn.functional.pad(betas[:-1], (0, 0, 1, 0))).amax(0)
+        scale = (alphas.abs() + betas + F.pad(betas[:-1], (0, 0, 1, 0))).amax(0)
         slack = eps * torch.maximum(4 * widest_float(steps).sqrt(), widest_float(steps))
         alphas, betas = divide_or_zero(alphas, scale).unsqueeze(2), divide_or_zero(betas, scale).unsqueeze(2)
         return cls(alphas, betas.clamp(min=eps), (numbers < steps).unsqueeze(2), scale, eps, slack)
@@ -188,6 +189,11 @@ class _Recurrence(NamedTuple):
         """Whether μ exceeds the largest Ritz value: every p_j is positive there, and only there."""
         return (self.ratios(mu) > 0).all(0)
 
+    def ritz(self, rounds: int) -> tuple[Tensor, Tensor]:
+        """The largest Ritz value θ from both sides, 16^rounds times closer than its a-priori interval: (B,)."""
+        low = self.alphas.amax(0).squeeze(1)
+        return _narrowed(self.is_beyond, low, torch.ones_like(low), rounds)
+
     def log_christoffel(self, mu: Tensor) -> tuple[Tensor, Tensor]:
         """log K(μ) at (B, points), −∞ up to the largest Ritz value, and what the last step has added to log p."""
         ratios = self.ratios(mu)
@@ -200,7 +206,7 @@ class _Recurrence(NamedTuple):
 
 def _remaining_steps(recurrence: _Recurrence, log_weight: Tensor, rtol: float) -> Tensor:
     """0 where the bracket is no wider than `rtol`; elsewhere about how many steps it will take: (B,)."""
-    ritz, _ = _narrowed(recurrence.is_beyond, torch.zeros_like(log_weight), torch.ones_like(log_weight), rounds=3)
+    ritz, _ = recurrence.ritz(rounds=2)
     target = ritz * (1 - recurrence.slack) / (1 + recurrence.slack) / (1 - min(rtol, 0.99)) ** 2
     log_k, growth = recurrence.log_christoffel(target.unsqueeze(1))
     missing = -log_weight - log_k.squeeze(1)
@@ -210,15 +216,15 @@ def _remaining_steps(recurrence: _Recurrence, log_weight: Tensor, rtol: float) -
 
 def _bracket_of_recurrence(recurrence: _Recurrence, log_weight: Tensor) -> Bracket:
     """From the coefficients to the bracket of the largest singular value, √ of that of the eigenvalue: (B,)."""
-    zeros, slack = torch.zeros_like(log_weight), recurrence.slack
-    lower, upper = _narrowed(recurrence.is_beyond, zeros, zeros + 1, rounds=13)
+    slack = recurrence.slack
+    lower, upper = recurrence.ritz(rounds=1 - round(math.log(recurrence.eps, 16)))
 
     def certain(excess: Tensor) -> Tensor:
         return recurrence.log_christoffel(_beyond(upper, excess))[0] >= -log_weight.unsqueeze(1)
 
     # log((μ − θ)/θ), from rounding to where p_1 = (μ − α_1)/β_1 alone makes K large enough
     high = 2 - log_weight / 2 + divide_or_zero(recurrence.betas[0, :, 0], lower).clamp(min=1).log()
-    _, excess = _narrowed(certain, zeros + math.log(recurrence.eps) - 2, high, rounds=3)
+    _, excess = _narrowed(certain, torch.full_like(high, math.log(recurrence.eps) - 2), high, rounds=3)
     upper = _beyond(upper, excess.unsqueeze(1)).squeeze(1)
     ends = (lower * (1 - slack) * recurrence.scale, upper * (1 + slack) * recurrence.scale)
     return Bracket(ends[0].sqrt(), ends[1].sqrt())
