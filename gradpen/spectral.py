@@ -32,7 +32,6 @@ from torch import Tensor
 from gradpen._numerics import divide_or_zero, widest_float
 
 MatVec = Callable[[Tensor], Tensor]
-Holds = Callable[[Tensor], Tensor]  # numbers (B, points) → bool
 
 
 class Bracket(NamedTuple):
@@ -189,10 +188,23 @@ class _Recurrence(NamedTuple):
         """Whether μ exceeds the largest Ritz value: every p_j is positive there, and only there."""
         return (self.ratios(mu) > 0).all(0)
 
-    def ritz(self, rounds: int) -> tuple[Tensor, Tensor]:
-        """The largest Ritz value θ from both sides, 16^rounds times closer than its a-priori interval: (B,)."""
+    def ritz(self) -> Tensor:
+        """The largest Ritz value θ: (B,)."""
+        alphas, betas = (torch.where(self.counts, tensor, 0.0).squeeze(2).T for tensor in (self.alphas, self.betas))
+        inner = betas[:, :-1] * self.counts[1:, :, 0].T
+        tridiagonal = torch.diag_embed(alphas) + torch.diag_embed(inner, 1) + torch.diag_embed(inner, -1)
+        return torch.linalg.eigvalsh(tridiagonal)[:, -1].clamp(min=0)
+
+    def rough_ritz(self) -> Tensor:
+        """θ from below, to a 256th of its a-priori interval, without a host that waits for it: (B,)."""
         low = self.alphas.amax(0).squeeze(1)
-        return _narrowed(self.is_beyond, low, torch.ones_like(low), rounds)
+        high = torch.ones_like(low)
+        fractions = torch.linspace(0, 1, 5, dtype=low.dtype, device=low.device)
+        for _ in range(4):
+            points = low.unsqueeze(1) + (high - low).unsqueeze(1) * fractions
+            below = self.is_beyond(points[:, 1:-1]).logical_not().sum(1, keepdim=True)
+            low, high = (points.gather(1, below + end).squeeze(1) for end in (0, 1))
+        return low
 
     def log_christoffel(self, mu: Tensor) -> tuple[Tensor, Tensor]:
         """log K(μ) at (B, points), −∞ up to the largest Ritz value, and what the last step has added to log p."""
@@ -206,8 +218,7 @@ class _Recurrence(NamedTuple):
 
 def _remaining_steps(recurrence: _Recurrence, log_weight: Tensor, rtol: float) -> Tensor:
     """0 where the bracket is no wider than `rtol`; elsewhere about how many steps it will take: (B,)."""
-    ritz, _ = recurrence.ritz(rounds=2)
-    target = ritz * (1 - recurrence.slack) / (1 + recurrence.slack) / (1 - min(rtol, 0.99)) ** 2
+    target = recurrence.rough_ritz() * (1 - recurrence.slack) / (1 + recurrence.slack) / (1 - min(rtol, 0.99)) ** 2
     log_k, growth = recurrence.log_christoffel(target.unsqueeze(1))
     missing = -log_weight - log_k.squeeze(1)
     estimate = (missing / (2 * growth.squeeze(1))).nan_to_num(posinf=torch.inf).clamp(1, len(recurrence.alphas))
@@ -216,34 +227,33 @@ def _remaining_steps(recurrence: _Recurrence, log_weight: Tensor, rtol: float) -
 
 def _bracket_of_recurrence(recurrence: _Recurrence, log_weight: Tensor) -> Bracket:
     """From the coefficients to the bracket of the largest singular value, √ of that of the eigenvalue: (B,)."""
-    slack = recurrence.slack
-    lower, upper = recurrence.ritz(rounds=1 - round(math.log(recurrence.eps, 16)))
-
-    def certain(excess: Tensor) -> Tensor:
-        return recurrence.log_christoffel(_beyond(upper, excess))[0] >= -log_weight.unsqueeze(1)
-
-    # log((μ − θ)/θ), from rounding to where p_1 = (μ − α_1)/β_1 alone makes K large enough
-    high = 2 - log_weight / 2 + divide_or_zero(recurrence.betas[0, :, 0], lower).clamp(min=1).log()
-    _, excess = _narrowed(certain, torch.full_like(high, math.log(recurrence.eps) - 2), high, rounds=3)
-    upper = _beyond(upper, excess.unsqueeze(1)).squeeze(1)
-    ends = (lower * (1 - slack) * recurrence.scale, upper * (1 + slack) * recurrence.scale)
+    ritz, slack = recurrence.ritz(), recurrence.slack
+    upper = ritz * (1 + _christoffel_root(recurrence, ritz, log_weight).exp())
+    ends = (ritz * (1 - slack) * recurrence.scale, upper * (1 + slack) * recurrence.scale)
     return Bracket(ends[0].sqrt(), ends[1].sqrt())
 
 
-def _beyond(ritz: Tensor, excess: Tensor) -> Tensor:
-    """μ = θ (1 + e^excess): (B, points)."""
-    return ritz.unsqueeze(1) * (1 + excess.exp())
+def _christoffel_root(recurrence: _Recurrence, ritz: Tensor, log_weight: Tensor) -> Tensor:
+    """log((μ − θ)/θ) where K(μ) = 1/t, or just beyond: Newton steps kept between points that are known to lie on its sides.
 
-
-def _narrowed(holds: Holds, low: Tensor, high: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
-    """Where `holds` turns from false to true between (B,) ends, of which it is true at `high`; 1/16 of it each round.
-
-    The points of one round cost little more than one point alone, and nobody has to wait for the outcome.
+    Two points a hundredth of the bracket's width apart are tried at a time: their difference is the slope, and in the end
+    the root lies between them.
     """
-    fractions = torch.linspace(0, 1, 17, dtype=low.dtype, device=low.device)
-    for _ in range(rounds):
-        points = low.unsqueeze(1) + (high - low).unsqueeze(1) * fractions
-        turned = holds(points[:, 1:-1]).int().cumsum(1).clamp(max=1)  # rounding must not make it turn back
-        interval = (fractions.numel() - 2 - turned.sum(1)).unsqueeze(1)
-        low, high = points.gather(1, interval).squeeze(1), points.gather(1, interval + 1).squeeze(1)
-    return low, high
+    low = torch.full_like(ritz, math.log(recurrence.eps) - 2)
+    # there p_1 = (μ − α_1)/β_1 alone makes K large enough
+    high = 2 - log_weight / 2 + divide_or_zero(recurrence.betas[0, :, 0], ritz).clamp(min=1).log()
+    pair = torch.tensor([0.0, _ROOT_TOLERANCE], dtype=ritz.dtype, device=ritz.device)
+    point = torch.full_like(ritz, -2.0)
+    for _ in range(_ROOT_STEPS):
+        points = point.unsqueeze(1) + pair
+        excess = recurrence.log_christoffel(ritz.unsqueeze(1) * (1 + points.exp()))[0] + log_weight.unsqueeze(1)
+        low = torch.maximum(low, torch.where(excess < 0, points, -torch.inf).amax(1))
+        high = torch.minimum(high, torch.where(excess >= 0, points, torch.inf).amin(1))
+        slope = (excess[:, 1] - excess[:, 0]) / _ROOT_TOLERANCE
+        newton = point - excess[:, 0] / slope - _ROOT_TOLERANCE / 2
+        point = torch.where((newton > low - _ROOT_TOLERANCE) & (newton < high), newton, (low + high) / 2)
+    return high
+
+
+_ROOT_TOLERANCE = 2e-2
+_ROOT_STEPS = 8
