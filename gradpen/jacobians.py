@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
@@ -141,15 +140,14 @@ def matrix_operator(weight: Tensor) -> JacobianOperator:
 def stacked(operators: Sequence[JacobianOperator]) -> JacobianOperator:
     """The samples of all operators as samples of one; rows are padded with zeros to the longest. It has no `vjp`."""
     sizes = [len(operator.template) for operator in operators]
-    lengths = [operator.template.shape[1] for operator in operators]
-    longest = max(lengths)
+    longest = max(operator.template.shape[1] for operator in operators)
 
     def gram(u: Tensor) -> Tensor:
-        parts = [
-            F.pad(operator.gram(part[:, :length]), (0, longest - length))
-            for operator, part, length in zip(operators, u.split(sizes), lengths, strict=True)
-        ]
-        return torch.cat(parts)
+        out = torch.zeros_like(u)
+        for operator, part, into in zip(operators, u.split(sizes), out.split(sizes), strict=True):
+            length = operator.template.shape[1]
+            into[:, :length] = operator.gram(part[:, :length])
+        return out
 
     def vjp(u: Tensor) -> Tensor:
         raise NotImplementedError("the operators may have different numbers of columns")

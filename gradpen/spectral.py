@@ -114,15 +114,16 @@ def lanczos_bracket(
             kept = finished.logical_not().nonzero().squeeze(1)
             samples, q, before, beta, size = (tensor[kept] for tensor in (samples, q, before, beta, size))
             gram, remaining = restrict(samples), remaining[kept]
-        next_look = step + int(remaining.quantile(_LOOK_QUANTILE if restrict else 1.0).clamp(1, max_steps))
+        next_look = step + int(remaining.quantile(_LOOK_QUANTILE if restrict else 1.0).clamp(_BETWEEN_LOOKS, max_steps))
     else:
         steps[samples] = max_steps
-    return _bracket_of_recurrence(_Recurrence.of(alphas, betas, steps), log_weight)
+    return _bracket_of_recurrence(_Recurrence.of(alphas[:step], betas[:step], steps), log_weight)
 
 
 _FIRST_LOOK = 8
 _WORTH_LEAVING = 1 / 8  # a smaller part of the batch is not worth the copies
-_LOOK_QUANTILE = 0.25
+_LOOK_QUANTILE = 0.5  # the next look comes when so many of those that are left should be done
+_BETWEEN_LOOKS = 2
 
 
 def normal_start(shape: tuple[int, int], support: Tensor | None, like: Tensor, seed: int) -> Tensor:
@@ -199,8 +200,8 @@ class _Recurrence(NamedTuple):
         """θ from below, to a 256th of its a-priori interval, without a host that waits for it: (B,)."""
         low = self.alphas.amax(0).squeeze(1)
         high = torch.ones_like(low)
-        fractions = torch.linspace(0, 1, 5, dtype=low.dtype, device=low.device)
-        for _ in range(4):
+        fractions = torch.linspace(0, 1, 17, dtype=low.dtype, device=low.device)
+        for _ in range(2):
             points = low.unsqueeze(1) + (high - low).unsqueeze(1) * fractions
             below = self.is_beyond(points[:, 1:-1]).logical_not().sum(1, keepdim=True)
             low, high = (points.gather(1, below + end).squeeze(1) for end in (0, 1))
@@ -244,11 +245,13 @@ def _christoffel_root(recurrence: _Recurrence, ritz: Tensor, log_weight: Tensor)
     high = 2 - log_weight / 2 + divide_or_zero(recurrence.betas[0, :, 0], ritz).clamp(min=1).log()
     pair = torch.tensor([0.0, _ROOT_TOLERANCE], dtype=ritz.dtype, device=ritz.device)
     point = torch.full_like(ritz, -2.0)
-    for _ in range(_ROOT_STEPS):
+    for _ in range(_ROOT_STEPS):  # seldom more than four
         points = point.unsqueeze(1) + pair
         excess = recurrence.log_christoffel(ritz.unsqueeze(1) * (1 + points.exp()))[0] + log_weight.unsqueeze(1)
         low = torch.maximum(low, torch.where(excess < 0, points, -torch.inf).amax(1))
         high = torch.minimum(high, torch.where(excess >= 0, points, torch.inf).amin(1))
+        if bool((high - low <= 2 * _ROOT_TOLERANCE).all()):
+            break
         slope = (excess[:, 1] - excess[:, 0]) / _ROOT_TOLERANCE
         newton = point - excess[:, 0] / slope - _ROOT_TOLERANCE / 2
         point = torch.where((newton > low - _ROOT_TOLERANCE) & (newton < high), newton, (low + high) / 2)
@@ -256,4 +259,4 @@ def _christoffel_root(recurrence: _Recurrence, ritz: Tensor, log_weight: Tensor)
 
 
 _ROOT_TOLERANCE = 2e-2
-_ROOT_STEPS = 8
+_ROOT_STEPS = 40
