@@ -192,24 +192,38 @@ def autograd_jacobian(output: Tensor, inputs: Sequence[Tensor]) -> JacobianOpera
     return JacobianOperator(gram, vjp, output.detach(), columns, widest=max(columns, output.shape[1]))
 
 
-def chained_jacobian(
-    output: Tensor,
-    before: JacobianOperator,
-    layer_output: GradientEdge,
-    weight: Tensor,
-    reference: JacobianOperator,
-) -> JacobianOperator | None:
-    """D W J_before, if `output` is an elementwise function of the layer's output and of nothing else that x reaches.
-
-    Proved on the data at hand: products with generic vectors equal those of `reference`, the autograd Jacobian. Returns
-    None where they do not.
-    """
+def elementwise_slope(output: Tensor, layer_output: GradientEdge) -> Tensor | None:
+    """The diagonal of D = ∂output/∂z, if `output` is an elementwise function of a layer's output z; None if it cannot be."""
     ones = torch.ones_like(output)
     (diagonal,) = torch.autograd.grad(output, [layer_output], ones, retain_graph=True, allow_unused=True)
-    if diagonal is None or diagonal.shape != output.shape:
-        return None
-    chained = before.times_weight(weight).times_diagonal(diagonal)
-    return chained if _agree(chained, reference) else None
+    return diagonal if diagonal is not None and diagonal.shape == output.shape else None
+
+
+def chain_holds(
+    first: JacobianOperator, links: Sequence[tuple[Tensor, Tensor]], outputs: Sequence[Tensor], inputs: Sequence[Tensor]
+) -> bool:
+    """Whether every output's Jacobian is D W times the one before: products with generic vectors agree, on the data at hand.
+
+    One backward pass gives Σ_t J_tᵀ u_t for all outputs together; the chain gives it as ((u_l D W c + u_{l−1}) D W c + …) J_1
+    with numbers c that bring what comes from behind to the size of what is added.
+
+    Args:
+        first: the Jacobian J_1 that the first weight multiplies.
+        links: (W, D) of every link.
+        outputs: what the links lead to, (B, n_t).
+        inputs: x.
+    """
+    carried = torch.zeros_like(outputs[-1])
+    vectors: list[Tensor] = []
+    for (weight, diagonal), output in zip(reversed(links), reversed(outputs), strict=True):
+        unit = _generic_like(output.detach())
+        carried = ((carried + unit) * diagonal) @ weight
+        size = torch.linalg.vector_norm(carried, dim=1, keepdim=True)
+        factor = torch.where(size > 0, 1 / torch.where(size > 0, size, 1.0), 1.0)
+        carried = carried * factor
+        vectors = [vector * factor for vector in (*vectors, unit)]
+    expected = torch.autograd.grad(list(reversed(outputs)), list(inputs), vectors, retain_graph=True, allow_unused=True)
+    return _agree(first.vjp(carried), torch.cat([part.flatten(1) for part in expected if part is not None], 1))
 
 
 def is_identity(reference: JacobianOperator, columns: int) -> bool:
@@ -218,12 +232,12 @@ def is_identity(reference: JacobianOperator, columns: int) -> bool:
     return u.shape[1] == columns and torch.equal(reference.vjp(u), u)
 
 
-def _agree(candidate: JacobianOperator, reference: JacobianOperator) -> bool:
-    u = _generic_like(reference.template)
-    expected = reference.vjp(u)
-    error = torch.linalg.vector_norm(candidate.vjp(u) - expected, dim=1)
-    tolerance = rounding_tolerance(expected)
-    return bool((error <= tolerance * torch.linalg.vector_norm(expected, dim=1)).all())
+def _agree(found: Tensor, expected: Tensor) -> bool:
+    """Whether all rows are equal up to rounding."""
+    if found.shape != expected.shape:
+        return False
+    error = torch.linalg.vector_norm(found - expected, dim=1)
+    return bool((error <= rounding_tolerance(expected) * torch.linalg.vector_norm(expected, dim=1)).all())
 
 
 def _generic_like(template: Tensor) -> Tensor:

@@ -43,19 +43,32 @@ class LayerNorms:
 
 
 def jacobian_operators(recording: Recording, layers: Sequence[CutLayer]) -> list[jacobians.JacobianOperator]:
-    """J_t for every layer in the sum; a chain of dense layers and elementwise activations is multiplied out."""
+    """J_t for every layer in the sum; a chain of dense layers and elementwise activations is multiplied out.
+
+    The whole chain is tried at once; if something in it is no such chain, link by link.
+    """
+    if not layers:
+        return []
     columns = sum(tensor[0].numel() for tensor in recording.inputs)
-    operators: list[jacobians.JacobianOperator] = []
-    for position, layer in enumerate(layers):
-        h = layer.call.checked_input()
-        reference = jacobians.autograd_jacobian(h, recording.inputs)
-        chained = None
-        if position > 0:
-            before = layers[position - 1]
-            chained = jacobians.chained_jacobian(h, operators[-1], before.call.output, before.weight, reference)
-        elif jacobians.is_identity(reference, columns):
-            chained = jacobians.JacobianOperator.identity(h.detach())
-        operators.append(reference if chained is None else chained)
+    outputs = [layer.call.checked_input() for layer in layers]
+    first = jacobians.autograd_jacobian(outputs[0], recording.inputs)
+    if jacobians.is_identity(first, columns):
+        first = jacobians.JacobianOperator.identity(outputs[0].detach())
+    slopes = [
+        jacobians.elementwise_slope(output, before.call.output)
+        for output, before in zip(outputs[1:], layers, strict=False)
+    ]
+    links = [(layer.weight, slope) for layer, slope in zip(layers, slopes, strict=False) if slope is not None]
+    whole = len(links) == len(slopes) and (
+        not links or jacobians.chain_holds(first, links, outputs[1:], recording.inputs)
+    )
+    operators = [first]
+    for output, layer, slope in zip(outputs[1:], layers, slopes, strict=False):
+        link = [] if slope is None else [(layer.weight, slope)]
+        if link and (whole or jacobians.chain_holds(operators[-1], link, [output], recording.inputs)):
+            operators.append(operators[-1].times_weight(layer.weight).times_diagonal(link[0][1]))
+        else:
+            operators.append(jacobians.autograd_jacobian(output, recording.inputs))
     return operators
 
 
