@@ -55,7 +55,11 @@ def evaluate_inequality(
         method: "dense" (explicit Jacobians and their singular values), "krylov" (Lanczos, matrix-free) or "auto".
         delta: probability that any upper end of a Krylov bracket in the whole report fails.
         rtol: width of the Krylov brackets relative to their upper ends.
-        slack: compute ‖W_t J_t‖ also for ``norm="spectral"``, and from it the two factors of each layer's slack.
+        slack: compute ‖W_t J_t‖ also for ``norm="spectral"``, and from it the two factors of each layer's slack. These are
+            estimates: no bound rests on them, and each bracket of ‖W_t J_t‖ behind them fails with probability 1e-2.
+        memory_budget: bytes that the norms may take beside the graph of the forward pass, for the vectors of an iteration
+            or explicit Jacobians; samples are taken in parts that fit. (A prefix of the model that is no chain of dense
+            layers and elementwise activations is iterated for all samples at once, whatever the budget.)
 
     Returns:
         An `InequalityReport` with tensors of shape (B,), float64 where the device has it.

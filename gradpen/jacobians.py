@@ -204,8 +204,8 @@ def chain_holds(
 ) -> bool:
     """Whether every output's Jacobian is D W times the one before: products with generic vectors agree, on the data at hand.
 
-    One backward pass gives Σ_t J_tᵀ u_t for all outputs together; the chain gives it as ((u_l D W c + u_{l−1}) D W c + …) J_1
-    with numbers c that bring what comes from behind to the size of what is added.
+    One backward pass gives Σ_t J_tᵀ u_t for all outputs together; the chain gives it as ((u_l D W c + u_{l−1}) D W c + …)
+    J_1 with numbers c that bring what comes from behind to the size of what is added.
 
     Args:
         first: the Jacobian J_1 that the first weight multiplies.

@@ -185,7 +185,9 @@ def _iterated_norms(
         starts = [_start(operators[n], seed=n).split(size) for n in numbers]
         for sweep in itertools.zip_longest(*(zip(*pair, strict=True) for pair in zip(parts, starts, strict=True))):
             present = [(n, *entry) for n, entry in zip(numbers, sweep, strict=True) if entry is not None]
-            swept = _swept_norms([e[1] for e in present], [e[2] for e in present], [deltas[e[0]] for e in present], settings)
+            swept = _swept_norms(
+                [e[1] for e in present], [e[2] for e in present], [deltas[e[0]] for e in present], settings
+            )
             for (n, *_), bracket in zip(present, swept, strict=True):
                 ends[n].append(bracket)
     return [Bracket(*(torch.cat(end) for end in zip(*brackets, strict=True))) for brackets in ends]

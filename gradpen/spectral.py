@@ -178,12 +178,11 @@ class _Recurrence(NamedTuple):
 
     def ratios(self, mu: Tensor) -> Tensor:
         """p_j(μ)/p_{j−1}(μ) at (B, points), 1 where j does not count: (k, B, points). They do not overflow, as p_j may."""
-        found = []
         shifted = mu - self.alphas
-        for beta, shift in zip(self.betas, shifted, strict=True):
-            found.append(shift / beta if not found else (shift - carried / found[-1]) / beta)
-            carried = beta
-        return torch.where(self.counts, torch.stack(found), 1.0)
+        ratios = [shifted[0] / self.betas[0]]
+        for shift, before, beta in zip(shifted[1:], self.betas, self.betas[1:], strict=False):
+            ratios.append((shift - before / ratios[-1]) / beta)
+        return torch.where(self.counts, torch.stack(ratios), 1.0)
 
     def is_beyond(self, mu: Tensor) -> Tensor:
         """Whether μ exceeds the largest Ritz value: every p_j is positive there, and only there."""
