@@ -36,6 +36,7 @@ def evaluate_inequality(
     delta: float = 1e-6,
     rtol: float = 0.05,
     slack: bool = True,
+    memory_budget: int = 2**26,
 ) -> InequalityReport:
     r"""Both sides of the inequality between input and parameter gradients, sample by sample.
 
@@ -58,7 +59,11 @@ def evaluate_inequality(
         method: "dense" (explicit Jacobians and their singular values), "krylov" (Lanczos, matrix-free) or "auto".
         delta: probability that any upper end of a Krylov bracket in the whole report fails.
         rtol: width of the Krylov brackets relative to their upper ends.
-        slack: compute ‖W_t J_t‖ also for ``norm="spectral"``, and from it the two factors of each layer's slack.
+        slack: compute ‖W_t J_t‖ also for ``norm="spectral"``, and from it the two factors of each layer's slack. These are
+            estimates: no bound rests on them, and each bracket of ‖W_t J_t‖ behind them fails with probability 1e-2.
+        memory_budget: bytes that the norms may take beside the graph of the forward pass, for the vectors of an iteration
+            or explicit Jacobians; samples are taken in parts that fit. (A prefix of the model that is no chain of dense
+            layers and elementwise activations is iterated for all samples at once, whatever the budget.)
 
     Returns:
         An `InequalityReport` with tensors of shape (B,), float64 where the device has it.
@@ -89,6 +94,7 @@ def evaluate_inequality(
     if not 0 < delta < 1:
         raise ValueError(f"delta must be a probability between 0 and 1, got {delta}")
     _checks.check_positive("rtol", rtol)
+    _checks.check_positive_int("memory_budget", memory_budget)
     _checks.check_no_batch_statistics(model, "the inequality")
     model = _original_module(model)
     parameters = select_parameters(model, None)
@@ -104,7 +110,7 @@ def evaluate_inequality(
         sides = both_sides(model, x, recording, cotangents, parameters, rng)
         layers, excluded = layers_in_sum(model, recording, sides, parameters)
         operators = jacobian_operators(recording, layers)
-        settings = NormSettings(norm, method, delta, rtol, slack)
+        settings = NormSettings(norm, method, delta, rtol, slack, memory_budget)
         norms = layer_norms(layers, operators, settings)
         return _assemble(layers, excluded, norms, sides, settings, name)
 

@@ -7,6 +7,7 @@ and shares W_1 W_1ᵀ over all samples, so the input width never enters an itera
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -28,39 +29,72 @@ class JacobianOperator:
         gram: (B, n) → (B, n), u ↦ J Jᵀ u.
         vjp: (B, n) → (B, d), u ↦ Jᵀ u.
         template: (B, n), a tensor of the right shape, type and device.
+        columns: d.
+        widest: entries of the longest vector on the way.
+        part: indices of samples → the operator of these alone, at their share of the cost; None if there is no such thing.
         support: (B, n), False where a row of J_b is known to be 0; None if nothing is known.
-        shared: the one matrix that J_b is for every sample (the first dense layer's weight); None otherwise.
         is_identity: J_b = I for every sample (the input itself).
     """
 
     gram: MatVec
     vjp: MatVec
     template: Tensor
+    columns: int
+    widest: int
+    part: Callable[[Tensor], JacobianOperator] | None = None
     support: Tensor | None = None
-    shared: Tensor | None = None
     is_identity: bool = False
 
     @classmethod
     def identity(cls, template: Tensor) -> JacobianOperator:
         """J_1 = I."""
-        return cls(lambda u: u, lambda u: u, template, is_identity=True)
+        return cls(
+            gram=lambda u: u,
+            vjp=lambda u: u,
+            template=template,
+            columns=template.shape[1],
+            widest=template.shape[1],
+            part=lambda rows: cls.identity(template[rows]),
+            is_identity=True,
+        )
 
     def times_weight(self, weight: Tensor) -> JacobianOperator:
         """W J for a weight (m, n)."""
-        template = self.template.new_empty(self.template.shape[0], weight.shape[0])
+        template = self.template.new_empty(()).expand(len(self.template), len(weight))
         if self.is_identity:
-            gram_matrix = weight @ weight.T
-            return JacobianOperator(lambda u: u @ gram_matrix, lambda u: u @ weight, template, shared=weight)
-        return JacobianOperator(lambda u: self.gram(u @ weight) @ weight.T, lambda u: self.vjp(u @ weight), template)
+            return _shared_jacobian(weight, gram_of(weight), template)
+        part = self.part
+        return JacobianOperator(
+            gram=lambda u: self.gram(u @ weight) @ weight.T,
+            vjp=lambda u: self.vjp(u @ weight),
+            template=template,
+            columns=self.columns,
+            widest=max(self.widest, len(weight)),
+            part=None if part is None else lambda rows: part(rows).times_weight(weight),
+        )
 
     def times_diagonal(self, diagonal: Tensor) -> JacobianOperator:
         """D J for diagonals (B, n)."""
+        part = self.part
         return JacobianOperator(
-            lambda u: diagonal * self.gram(diagonal * u),
-            lambda u: self.vjp(diagonal * u),
-            self.template,
+            gram=lambda u: diagonal * self.gram(diagonal * u),
+            vjp=lambda u: self.vjp(diagonal * u),
+            template=self.template,
+            columns=self.columns,
+            widest=self.widest,
+            part=None if part is None else lambda rows: part(rows).times_diagonal(diagonal[rows]),
             support=diagonal != 0,
         )
+
+    def restricted(self, rows: Tensor) -> JacobianOperator:
+        """The operator of some samples, if need be at the cost of all."""
+        if self.part is not None:
+            return self.part(rows)
+
+        def padded(product: MatVec) -> MatVec:
+            return lambda u: product(torch.zeros_like(self.template).index_copy_(0, rows, u))[rows]
+
+        return JacobianOperator(padded(self.gram), padded(self.vjp), self.template[rows], self.columns, self.widest)
 
     def materialize(self) -> Tensor:
         """J itself, one row at a time: (B, n, d)."""
@@ -77,42 +111,119 @@ class JacobianOperator:
             yield unit
 
 
+def gram_of(weight: Tensor) -> MatVec:
+    """u ↦ W Wᵀ u for rows u, by the cheaper way: W Wᵀ is formed once, when first needed, unless W is low."""
+    rows, columns = weight.shape
+    if rows > 2 * columns:
+        return lambda u: (u @ weight) @ weight.T
+    formed = functools.cache(lambda: weight @ weight.T)
+    return lambda u: u @ formed()
+
+
+def _shared_jacobian(weight: Tensor, gram: MatVec, template: Tensor) -> JacobianOperator:
+    """W for every sample."""
+    return JacobianOperator(
+        gram=gram,
+        vjp=lambda u: u @ weight,
+        template=template,
+        columns=weight.shape[1],
+        widest=max(weight.shape),
+        part=lambda rows: _shared_jacobian(weight, gram, template[rows]),
+    )
+
+
+def matrix_operator(weight: Tensor) -> JacobianOperator:
+    """One matrix as the operator of a single sample: two products with W, as W Wᵀ would cost more than it saves."""
+    return _shared_jacobian(weight, lambda u: (u @ weight) @ weight.T, weight.new_empty(()).expand(1, len(weight)))
+
+
+def stacked(operators: Sequence[JacobianOperator]) -> JacobianOperator:
+    """The samples of all operators as samples of one; rows are padded with zeros to the longest. It has no `vjp`."""
+    sizes = [len(operator.template) for operator in operators]
+    longest = max(operator.template.shape[1] for operator in operators)
+
+    def gram(u: Tensor) -> Tensor:
+        out = torch.zeros_like(u)
+        for operator, part, into in zip(operators, u.split(sizes), out.split(sizes), strict=True):
+            length = operator.template.shape[1]
+            into[:, :length] = operator.gram(part[:, :length])
+        return out
+
+    def vjp(u: Tensor) -> Tensor:
+        raise NotImplementedError("the operators may have different numbers of columns")
+
+    def part(rows: Tensor) -> JacobianOperator:
+        ends = torch.tensor(sizes, device=rows.device).cumsum(0)
+        counts = torch.bucketize(rows, ends, right=True).bincount(minlength=len(sizes)).tolist()
+        found, first = [], 0
+        for operator, size, own in zip(operators, sizes, rows.split(counts), strict=True):
+            if len(own):
+                found.append(operator if len(own) == size else operator.restricted(own - first))
+            first += size
+        return stacked(found)
+
+    template = operators[0].template.new_empty(()).expand(sum(sizes), longest)
+    widest = max(operator.widest for operator in operators)
+    return JacobianOperator(gram, vjp, template, longest, widest, part)
+
+
 def autograd_jacobian(output: Tensor, inputs: Sequence[Tensor]) -> JacobianOperator:
     """∇_x of any tensor (B, n) in the graph of the inputs (B, …); the inputs are laid side by side: d = Σ d_i."""
-    probe = torch.zeros_like(output, requires_grad=True)
-    images = torch.autograd.grad(output, list(inputs), probe, create_graph=True, allow_unused=True)
-    used = [(tensor, image) for tensor, image in zip(inputs, images, strict=True) if image is not None]
 
-    def vjp_parts(u: Tensor) -> list[Tensor]:
-        return list(torch.autograd.grad(output, [tensor for tensor, _ in used], u, retain_graph=True))
+    def vjp_parts(u: Tensor, create_graph: bool = False) -> list[Tensor]:
+        parts = torch.autograd.grad(
+            output, list(inputs), u, retain_graph=True, create_graph=create_graph, allow_unused=True
+        )
+        return [part for part in parts if part is not None]
 
     def vjp(u: Tensor) -> Tensor:
         return torch.cat([part.flatten(1) for part in vjp_parts(u)], 1)
 
+    @functools.cache
+    def probed() -> tuple[Tensor, list[Tensor]]:  # a graph of the backward pass, made if products with J are wanted
+        probe = torch.zeros_like(output, requires_grad=True)
+        return probe, vjp_parts(probe, create_graph=True)
+
     def gram(u: Tensor) -> Tensor:  # Jᵀ is linear in the probe, so its derivative there is J
-        return torch.autograd.grad([image for _, image in used], probe, vjp_parts(u), retain_graph=True)[0]
+        probe, images = probed()
+        return torch.autograd.grad(images, probe, vjp_parts(u), retain_graph=True)[0]
 
-    return JacobianOperator(gram, vjp, output.detach())
+    columns = sum(tensor[0].numel() for tensor in inputs)
+    return JacobianOperator(gram, vjp, output.detach(), columns, widest=max(columns, output.shape[1]))
 
 
-def chained_jacobian(
-    output: Tensor,
-    before: JacobianOperator,
-    layer_output: GradientEdge,
-    weight: Tensor,
-    reference: JacobianOperator,
-) -> JacobianOperator | None:
-    """D W J_before, if `output` is an elementwise function of the layer's output and of nothing else that x reaches.
-
-    Proved on the data at hand: products with generic vectors equal those of `reference`, the autograd Jacobian. Returns
-    None where they do not.
-    """
+def elementwise_slope(output: Tensor, layer_output: GradientEdge) -> Tensor | None:
+    """The diagonal of D = ∂output/∂z, if `output` is an elementwise function of a layer's output z; None if it cannot be."""
     ones = torch.ones_like(output)
     (diagonal,) = torch.autograd.grad(output, [layer_output], ones, retain_graph=True, allow_unused=True)
-    if diagonal is None or diagonal.shape != output.shape:
-        return None
-    chained = before.times_weight(weight).times_diagonal(diagonal)
-    return chained if _agree(chained, reference) else None
+    return diagonal if diagonal is not None and diagonal.shape == output.shape else None
+
+
+def chain_holds(
+    first: JacobianOperator, links: Sequence[tuple[Tensor, Tensor]], outputs: Sequence[Tensor], inputs: Sequence[Tensor]
+) -> bool:
+    """Whether every output's Jacobian is D W times the one before: products with generic vectors agree, on the data at hand.
+
+    One backward pass gives Σ_t J_tᵀ u_t for all outputs together; the chain gives it as ((u_l D W c + u_{l−1}) D W c + …)
+    J_1 with numbers c that bring what comes from behind to the size of what is added.
+
+    Args:
+        first: the Jacobian J_1 that the first weight multiplies.
+        links: (W, D) of every link.
+        outputs: what the links lead to, (B, n_t).
+        inputs: x.
+    """
+    carried = torch.zeros_like(outputs[-1])
+    vectors: list[Tensor] = []
+    for (weight, diagonal), output in zip(reversed(links), reversed(outputs), strict=True):
+        unit = _generic_like(output.detach())
+        carried = ((carried + unit) * diagonal) @ weight
+        size = torch.linalg.vector_norm(carried, dim=1, keepdim=True)
+        factor = torch.where(size > 0, 1 / torch.where(size > 0, size, 1.0), 1.0)
+        carried = carried * factor
+        vectors = [vector * factor for vector in (*vectors, unit)]
+    expected = torch.autograd.grad(list(reversed(outputs)), list(inputs), vectors, retain_graph=True, allow_unused=True)
+    return _agree(first.vjp(carried), torch.cat([part.flatten(1) for part in expected if part is not None], 1))
 
 
 def is_identity(reference: JacobianOperator, columns: int) -> bool:
@@ -121,12 +232,12 @@ def is_identity(reference: JacobianOperator, columns: int) -> bool:
     return u.shape[1] == columns and torch.equal(reference.vjp(u), u)
 
 
-def _agree(candidate: JacobianOperator, reference: JacobianOperator) -> bool:
-    u = _generic_like(reference.template)
-    expected = reference.vjp(u)
-    error = torch.linalg.vector_norm(candidate.vjp(u) - expected, dim=1)
-    tolerance = rounding_tolerance(expected)
-    return bool((error <= tolerance * torch.linalg.vector_norm(expected, dim=1)).all())
+def _agree(found: Tensor, expected: Tensor) -> bool:
+    """Whether all rows are equal up to rounding."""
+    if found.shape != expected.shape:
+        return False
+    error = torch.linalg.vector_norm(found - expected, dim=1)
+    return bool((error <= rounding_tolerance(expected) * torch.linalg.vector_norm(expected, dim=1)).all())
 
 
 def _generic_like(template: Tensor) -> Tensor:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gradpen import jacobians, spectral
@@ -26,6 +29,7 @@ class NormSettings:
     delta: float
     rtol: float
     slack: bool
+    memory_budget: int
 
 
 @dataclass(frozen=True)
@@ -39,76 +43,184 @@ class LayerNorms:
 
 
 def jacobian_operators(recording: Recording, layers: Sequence[CutLayer]) -> list[jacobians.JacobianOperator]:
-    """J_t for every layer in the sum; a chain of dense layers and elementwise activations is multiplied out."""
+    """J_t for every layer in the sum; a chain of dense layers and elementwise activations is multiplied out.
+
+    The whole chain is tried at once; if something in it is no such chain, link by link.
+    """
+    if not layers:
+        return []
     columns = sum(tensor[0].numel() for tensor in recording.inputs)
-    operators: list[jacobians.JacobianOperator] = []
-    for position, layer in enumerate(layers):
-        h = layer.call.checked_input()
-        reference = jacobians.autograd_jacobian(h, recording.inputs)
-        chained = None
-        if position > 0:
-            before = layers[position - 1]
-            chained = jacobians.chained_jacobian(h, operators[-1], before.call.output, before.weight, reference)
-        elif jacobians.is_identity(reference, columns):
-            chained = jacobians.JacobianOperator.identity(h.detach())
-        operators.append(reference if chained is None else chained)
+    outputs = [layer.call.checked_input() for layer in layers]
+    first = jacobians.autograd_jacobian(outputs[0], recording.inputs)
+    if jacobians.is_identity(first, columns):
+        first = jacobians.JacobianOperator.identity(outputs[0].detach())
+    slopes = [
+        jacobians.elementwise_slope(output, before.call.output)
+        for output, before in zip(outputs[1:], layers, strict=False)
+    ]
+    links = [(layer.weight, slope) for layer, slope in zip(layers, slopes, strict=False) if slope is not None]
+    whole = len(links) == len(slopes) and (
+        not links or jacobians.chain_holds(first, links, outputs[1:], recording.inputs)
+    )
+    operators = [first]
+    for output, layer, slope in zip(outputs[1:], layers, slopes, strict=False):
+        link = [] if slope is None else [(layer.weight, slope)]
+        if link and (whole or jacobians.chain_holds(operators[-1], link, [output], recording.inputs)):
+            operators.append(operators[-1].times_weight(layer.weight).times_diagonal(link[0][1]))
+        else:
+            operators.append(jacobians.autograd_jacobian(output, recording.inputs))
     return operators
 
 
 def layer_norms(
     layers: Sequence[CutLayer], operators: Sequence[jacobians.JacobianOperator], settings: NormSettings
 ) -> list[LayerNorms]:
-    """All norms that the settings ask for; the failure probability is shared by all brackets."""
-    batch_size = len(layers[0].call.input) if layers else 0
-    brackets = max(
-        3 * len(layers) * batch_size, 1
-    )  # ‖J‖, ‖W J‖ and, once for all samples, ‖W‖: a sample's share is fixed
-    delta = settings.delta / brackets
-    return [_norms(layer, operator, settings, delta) for layer, operator in zip(layers, operators, strict=True)]
+    """All norms that the settings ask for; the failure probability is shared by the brackets that may fail."""
+    has_factors = settings.norm == "spectral" or (settings.norm == "joint" and settings.slack)
+    has_product = settings.norm == "joint" or settings.slack
+    wanted: Operators = {}
+    for position, (layer, operator) in enumerate(zip(layers, operators, strict=True)):
+        if has_factors or (has_product and operator.is_identity):
+            wanted[position, "weight"] = jacobians.matrix_operator(layer.weight)
+        if has_factors and not operator.is_identity:
+            wanted[position, "jacobian"] = operator
+        if has_product and not operator.is_identity:
+            wanted[position, "product"] = operator.times_weight(layer.weight)
+    found = _spectral_norms(wanted, settings)
+    return [
+        _assembled(layer, operator, {kind: found[p, kind] for p, kind in found if p == position}, settings)
+        for position, (layer, operator) in enumerate(zip(layers, operators, strict=True))
+    ]
 
 
-def _norms(layer: CutLayer, operator: jacobians.JacobianOperator, settings: NormSettings, delta: float) -> LayerNorms:
-    product = None
-    if settings.norm == "joint" or settings.slack:
-        product = _operator_norm(operator.times_weight(layer.weight), settings, delta)
-    if product is not None and settings.norm == "joint" and not settings.slack:
+Operators = dict[tuple[int, str], jacobians.JacobianOperator]  # (position of the layer, which of its norms)
+
+
+def _assembled(
+    layer: CutLayer, operator: jacobians.JacobianOperator, found: dict[str, Bracket], settings: NormSettings
+) -> LayerNorms:
+    """The norms of one layer; J_1 = I, so that W_1 J_1 is W_1."""
+    ones = widest_float(operator.template.new_ones(len(operator.template)))
+    product = found.get("product")
+    if operator.is_identity and (settings.norm == "joint" or settings.slack):
+        product = Bracket(found["weight"].lower * ones, found["weight"].upper * ones)
+    if settings.norm == "joint" and not settings.slack:
+        assert product is not None
         return LayerNorms(product, None, None, product)
     if settings.norm == "frobenius":
         weight = spectral.exact_bracket(widest_float(layer.weight).square().sum().sqrt())
         jacobian = spectral.exact_bracket(operator.sq_frobenius_norm().sqrt())
     else:
-        weight = _matrix_norm(layer.weight, settings, delta)
-        jacobian = _operator_norm(operator, settings, delta)
+        weight = found["weight"]
+        jacobian = spectral.exact_bracket(ones) if operator.is_identity else found["jacobian"]
     apart = Bracket(weight.lower * jacobian.lower, weight.upper * jacobian.upper)
     denominator = apart if product is None or settings.norm != "joint" else product
     return LayerNorms(denominator, weight, jacobian, product)
 
 
-def _operator_norm(operator: jacobians.JacobianOperator, settings: NormSettings, delta: float) -> Bracket:
-    """‖J_b‖₂ for every sample: (B,)."""
-    template = operator.template
-    batch_size, rows = template.shape
-    if operator.is_identity:
-        return spectral.exact_bracket(template.new_ones(batch_size))
-    if operator.shared is not None:
-        norm = _matrix_norm(operator.shared, settings, delta)
-        return Bracket(norm.lower.expand(batch_size), norm.upper.expand(batch_size))
-    if settings.method == "dense" or (settings.method == "auto" and rows <= _DENSE_ROWS):
-        return spectral.dense_bracket(operator.materialize())
-    shared = spectral.normal_start((1, rows), None, template, seed=0)  # a sample's norm depends on no other sample
-    start = shared.expand_as(template) if operator.support is None else shared * operator.support
-    return spectral.lanczos_bracket(operator.gram, start, delta=delta, rtol=settings.rtol)
+def _spectral_norms(wanted: Operators, settings: NormSettings) -> dict[tuple[int, str], Bracket]:
+    """‖·‖₂ of every sample of every operator: (B,), 0-dim for a weight.
+
+    Where no bound rests on the upper end of ‖W J‖, it may fail now and then.
+    """
+    iterated = {key: operator for key, operator in wanted.items() if _is_iterated(key[1], operator, settings)}
+    estimates = set() if settings.norm == "joint" else {key for key in iterated if key[1] == "product"}
+    samples = max((len(operator.template) for operator in iterated.values()), default=1)
+    certified = sum(
+        samples for key in iterated if key not in estimates
+    )  # ‖W‖ counts as often: a sample's share is fixed
+    delta = settings.delta / max(certified, 1)
+    deltas = [max(delta, _SLACK_DELTA) if key in estimates else delta for key in iterated]
+    found = dict(zip(iterated, _iterated_norms(list(iterated.values()), deltas, settings), strict=True))
+    for key, operator in wanted.items():
+        if key not in iterated:
+            found[key] = _dense_norms(operator, settings)
+    return {
+        key: Bracket(bracket.lower[0], bracket.upper[0]) if key[1] == "weight" else bracket
+        for key, bracket in found.items()
+    }
 
 
-def _matrix_norm(weight: Tensor, settings: NormSettings, delta: float) -> Bracket:
-    """‖W‖₂: 0-dim."""
-    if settings.method == "dense" or (settings.method == "auto" and min(weight.shape) <= _DENSE_WEIGHT):
-        return spectral.dense_bracket(weight)
-    start = spectral.normal_start((1, weight.shape[0]), None, weight, seed=1)
-    bracket = spectral.lanczos_bracket(lambda u: (u @ weight) @ weight.T, start, delta=delta, rtol=settings.rtol)
-    return Bracket(bracket.lower[0], bracket.upper[0])
+def _is_iterated(kind: str, operator: jacobians.JacobianOperator, settings: NormSettings) -> bool:
+    """Below some size explicit singular values cost less than the Lanczos steps that they would replace."""
+    size, limit = operator.template.shape[1], _DENSE_ROWS
+    if kind == "weight":
+        size, limit = min(size, operator.columns), _DENSE_WEIGHT
+    return settings.method == "krylov" or (settings.method == "auto" and size > limit)
 
 
-# Below these sizes explicit singular values cost less than the Lanczos steps that they would replace.
+def _dense_norms(operator: jacobians.JacobianOperator, settings: NormSettings) -> Bracket:
+    """From explicit Jacobians, of as many samples at a time as the memory allows."""
+    rows = operator.template.shape[1]
+    row_bytes = _DENSE_COPIES * operator.columns * operator.template.element_size()
+    brackets = [
+        spectral.dense_bracket(part.materialize())
+        for part in _parts(operator, max(settings.memory_budget // (rows * row_bytes), 1))
+    ]
+    return Bracket(*(torch.cat(ends) for ends in zip(*brackets, strict=True)))
+
+
+def _parts(operator: jacobians.JacobianOperator, size: int) -> Iterator[jacobians.JacobianOperator]:
+    """The operator, `size` samples at a time."""
+    samples = torch.arange(len(operator.template), device=operator.template.device)
+    if len(samples) <= size:
+        yield operator
+        return
+    for part in samples.split(size):
+        yield operator.restricted(part)
+
+
+def _iterated_norms(
+    operators: Sequence[jacobians.JacobianOperator], deltas: Sequence[float], settings: NormSettings
+) -> list[Bracket]:
+    """All operators in one sweep, of as many samples at a time as the memory allows.
+
+    A sample of an operator without parts takes as much as all of them, so these are swept whole.
+    """
+    ends: list[list[Bracket]] = [[] for _ in operators]
+    for separable in (True, False):
+        numbers = [n for n, operator in enumerate(operators) if (operator.part is not None) == separable]
+        size = max((len(operators[n].template) for n in numbers), default=0)
+        if separable and numbers:
+            widest = [operators[n].widest * operators[n].template.element_size() for n in numbers]
+            size = min(size, max(settings.memory_budget // (_KRYLOV_VECTORS * sum(widest)), 1))
+        parts = [_parts(operators[n], size) for n in numbers]
+        starts = [_start(operators[n], seed=n).split(size) for n in numbers]
+        for sweep in itertools.zip_longest(*(zip(*pair, strict=True) for pair in zip(parts, starts, strict=True))):
+            present = [(n, *entry) for n, entry in zip(numbers, sweep, strict=True) if entry is not None]
+            swept = _swept_norms(
+                [e[1] for e in present], [e[2] for e in present], [deltas[e[0]] for e in present], settings
+            )
+            for (n, *_), bracket in zip(present, swept, strict=True):
+                ends[n].append(bracket)
+    return [Bracket(*(torch.cat(end) for end in zip(*brackets, strict=True))) for brackets in ends]
+
+
+def _start(operator: jacobians.JacobianOperator, seed: int) -> Tensor:
+    batch_size, rows = operator.template.shape
+    shared = spectral.normal_start((1, rows), None, operator.template, seed)  # a norm depends on no other sample
+    return shared.expand(batch_size, rows) if operator.support is None else shared * operator.support
+
+
+def _swept_norms(
+    operators: Sequence[jacobians.JacobianOperator],
+    starts: Sequence[Tensor],
+    deltas: Sequence[float],
+    settings: NormSettings,
+) -> list[Bracket]:
+    """One iteration for all samples of all operators."""
+    sizes = [len(start) for start in starts]
+    whole = jacobians.stacked(operators)
+    start = torch.cat([F.pad(start, (0, whole.template.shape[1] - start.shape[1])) for start in starts])
+    delta = torch.tensor(deltas, dtype=torch.float64).repeat_interleave(torch.tensor(sizes)).to(widest_float(start[0]))
+    bracket = spectral.lanczos_bracket(
+        whole.gram, start, delta=delta, rtol=settings.rtol, restrict=lambda samples: whole.restricted(samples).gram
+    )
+    return [Bracket(*ends) for ends in zip(bracket.lower.split(sizes), bracket.upper.split(sizes), strict=True)]
+
+
 _DENSE_ROWS = 16
 _DENSE_WEIGHT = 64
+_SLACK_DELTA = 1e-2  # of one bracket of ‖W J‖ that serves the slack alone: its lower end is what counts
+_KRYLOV_VECTORS = 16  # of a sample's vectors at a time, diagonals and intermediate products included
+_DENSE_COPIES = 8  # of one row of an explicit Jacobian: itself, stacked, and in float64 (see `dense_bracket`)

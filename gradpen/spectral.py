@@ -26,6 +26,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gradpen._numerics import divide_or_zero, widest_float
@@ -47,8 +48,11 @@ class Bracket(NamedTuple):
 
 def dense_bracket(matrices: Tensor) -> Bracket:
     """Largest singular values of explicit matrices (…, m, n), both ends equal up to rounding: (…)."""
-    largest = torch.linalg.svdvals(widest_float(matrices))[..., 0]
     slack = torch.finfo(matrices.dtype).eps * sum(matrices.shape[-2:])
+    scale = widest_float(matrices.abs().amax((-2, -1), keepdim=True))  # so that squares stay in range
+    rows = divide_or_zero(widest_float(matrices), scale)
+    rows = rows if rows.shape[-2] <= rows.shape[-1] else rows.mT
+    largest = torch.linalg.eigvalsh(rows @ rows.mT)[..., -1].clamp(min=0).sqrt() * scale[..., 0, 0]
     return Bracket(largest, largest * (1 + slack))
 
 
@@ -62,23 +66,26 @@ def lanczos_bracket(
     gram: MatVec,
     start: Tensor,
     *,
-    delta: float,
+    delta: float | Tensor,
     rtol: float = 0.05,
     max_steps: int = 96,
-    reorthogonalize: bool = False,
+    restrict: Callable[[Tensor], MatVec] | None = None,
 ) -> Bracket:
     """Largest singular value of J_b for every b, from products with A_b = J_b J_bᵀ.
+
+    The plain three-term recurrence: no basis is kept, and copies of converged Ritz values do no harm to the largest one.
+    The host looks at the device for the dimension of the start, and after 8, 10, 12, 15, 18, 22, … steps for which samples
+    are narrow enough; nothing else in the iteration waits. A sample's bracket is that of the first look at which it was
+    narrow enough, so it does not depend on the samples beside it.
 
     Args:
         gram: (B, n) → (B, n), row b multiplied by A_b.
         start: (B, n), standard normal entries; a row may be 0 where A_b is known to be (dead units): the number of its
             non-zero entries takes the place of n.
-        delta: each upper end fails with probability at most this.
-        rtol: a row's bracket is settled, and not narrowed further, once it is no wider than this fraction of its upper
-            end; so it does not depend on the rows beside it.
+        delta: each upper end fails with probability at most this; one number or (B,).
+        rtol: a sample is done when its bracket is no wider than this fraction of its upper end.
         max_steps: stop after so many products.
-        reorthogonalize: keep the whole Krylov basis orthogonal. It costs memory and twice the time; without it the ends move
-            by rounding only, since copies of converged Ritz values do no harm to the largest one.
+        restrict: indices of samples → `gram` for these alone. If given, samples that are done leave the batch.
 
     Returns:
         Bracket of shape (B,).
@@ -86,39 +93,37 @@ def lanczos_bracket(
     dimension = (start != 0).sum(1)
     log_weight = _log_smallest_weight(dimension, delta)
     max_steps = min(max_steps, max(int(dimension.max()), 1))
+    alphas, betas = start.new_zeros(2, max_steps, len(start))
+    steps = torch.zeros_like(dimension)
+    samples = torch.arange(len(start), device=start.device)
+    done = torch.zeros_like(dimension, dtype=torch.bool)
     q = divide_or_zero(start, torch.linalg.vector_norm(start, dim=1, keepdim=True))
-    before = torch.zeros_like(q)
-    basis = [q]
-    size = beta = q.new_zeros(len(q))
-    exhausted = 4 * torch.finfo(start.dtype).eps
-    alphas, betas = q.new_zeros(len(q), max_steps), q.new_zeros(len(q), max_steps)
-    point = torch.zeros_like(log_weight)
-    settled, bracket = torch.zeros_like(log_weight, dtype=torch.bool), exact_bracket(torch.zeros_like(log_weight))
-    next_check = 8
-    for step in range(max_steps):
-        w = gram(q)
-        alpha = torch.linalg.vecdot(q, w)
-        w = w - alpha.unsqueeze(1) * q - beta.unsqueeze(1) * before
-        if reorthogonalize:
-            w = _orthogonalized(w, torch.stack(basis, 1))
-        beta = torch.linalg.vector_norm(w, dim=1)
-        size = torch.maximum(size, alpha.abs() + beta)
-        beta = torch.where(
-            beta > exhausted * size, beta, 0.0
-        )  # what is left is rounding: the Krylov space is exhausted
-        alphas[:, step], betas[:, step] = alpha, beta
-        before, q = q, divide_or_zero(w, beta.unsqueeze(1))
-        if reorthogonalize:
-            basis.append(q)
-        steps = step + 1
-        if steps in (next_check, max_steps):
-            new, point = _bracket_of_recurrence(alphas[:, :steps], betas[:, :steps], log_weight, point, start.dtype)
-            bracket = Bracket(*(torch.where(settled, old, end) for old, end in zip(bracket, new, strict=True)))
-            settled = bracket.width <= rtol
-            if bool(settled.all()):
-                break
-            next_check += max(steps // 4, 2)
-    return bracket
+    before, beta, size = torch.zeros_like(q), q.new_zeros(len(q)), q.new_zeros(len(q))
+    next_look = _FIRST_LOOK
+    for step in range(1, max_steps + 1):
+        w, alpha, beta, size = _lanczos_step(gram, q, before, beta, size)
+        alphas[step - 1, samples], betas[step - 1, samples] = alpha, beta
+        before, q = q, w
+        if step < next_look or step == max_steps:
+            continue
+        steps[samples] = torch.where(done[samples], steps[samples], step)
+        recurrence = _Recurrence.of(alphas[:step, samples], betas[:step, samples], steps[samples])
+        done[samples] |= _is_narrow(recurrence, log_weight[samples], rtol)
+        finished = done[samples]
+        if bool(finished.all()):
+            break
+        if restrict is not None and int(finished.sum()) >= _WORTH_LEAVING * len(samples):
+            kept = finished.logical_not().nonzero().squeeze(1)
+            samples, q, before, beta, size = (tensor[kept] for tensor in (samples, q, before, beta, size))
+            gram = restrict(samples)
+        next_look = step + max(step // 4, 2)
+    else:
+        steps[samples] = torch.where(done[samples], steps[samples], max_steps)
+    return _bracket_of_recurrence(_Recurrence.of(alphas[:step], betas[:step], steps), log_weight)
+
+
+_FIRST_LOOK = 8
+_WORTH_LEAVING = 1 / 8  # a smaller part of the batch is not worth the copies
 
 
 def normal_start(shape: tuple[int, int], support: Tensor | None, like: Tensor, seed: int) -> Tensor:
@@ -128,84 +133,128 @@ def normal_start(shape: tuple[int, int], support: Tensor | None, like: Tensor, s
     return start if support is None else start * support
 
 
-def _orthogonalized(w: Tensor, basis: Tensor) -> Tensor:
-    """w (B, n) without its components along the basis (B, steps, n): rounding would bring converged directions back."""
-    components = torch.bmm(basis, w.unsqueeze(2))
-    return torch.baddbmm(w.unsqueeze(2), basis.transpose(1, 2), components, alpha=-1).squeeze(2)
+def _lanczos_step(
+    gram: MatVec, q: Tensor, before: Tensor, beta: Tensor, size: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The next vector, α, β, and the size of the operator as seen so far."""
+    w = gram(q)
+    alpha = torch.linalg.vecdot(q, w)
+    w = torch.addcmul(w, q, alpha.unsqueeze(1), value=-1).addcmul_(before, beta.unsqueeze(1), value=-1)
+    beta = torch.linalg.vector_norm(w, dim=1)
+    size = torch.maximum(size, alpha.abs() + beta)
+    exhausted = beta <= 4 * torch.finfo(q.dtype).eps * size  # what is left is rounding, and the next vector 0
+    w = w.div_(torch.where(exhausted, torch.inf, beta).unsqueeze(1))
+    return w, alpha, torch.where(exhausted, 0.0, beta), size
 
 
-def _log_smallest_weight(dimension: Tensor, delta: float) -> Tensor:
+def _log_smallest_weight(dimension: Tensor, delta: float | Tensor) -> Tensor:
     """log t with P(⟨q, v⟩² <= t) <= δ for q uniform on the sphere in n dimensions: t = (δ B(1/2, (n−1)/2) / 2)²."""
     half = (widest_float(dimension) - 1).clamp(min=1) / 2
     log_beta = math.lgamma(0.5) + torch.lgamma(half) - torch.lgamma(half + 0.5)
-    log_weight = 2 * (math.log(delta / 2) + log_beta)
+    log_weight = 2 * (torch.as_tensor(delta / 2, dtype=half.dtype, device=half.device).log() + log_beta)
     return torch.where(dimension > 1, log_weight, 0.0)  # in one dimension the weight is 1
 
 
-def _bracket_of_recurrence(
-    alphas: Tensor, betas: Tensor, log_weight: Tensor, point: Tensor, dtype: torch.dtype
-) -> tuple[Bracket, Tensor]:
-    """From the coefficients (B, k) to the bracket of the largest singular value, √ of that of the eigenvalue.
+class _Recurrence(NamedTuple):
+    """The coefficients of every sample, divided by a bound of its largest Ritz value; those behind `steps` do not count."""
 
-    `point` is a guess of log((μ − θ)/θ) for the upper end; its value comes back as the next guess.
+    alphas: Tensor  # (k, B, 1)
+    betas: Tensor  # (k, B, 1)
+    counts: Tensor  # (k, B, 1) bool
+    scale: Tensor  # (B,): Gershgorin's bound
+    eps: float
+    slack: Tensor  # (B,): allowance for rounding, relative to an eigenvalue
+
+    @classmethod
+    def of(cls, alphas: Tensor, betas: Tensor, steps: Tensor) -> _Recurrence:
+        """From the coefficients (k, B) and the number (B,) of those that count."""
+        eps = torch.finfo(alphas.dtype).eps
+        numbers = torch.arange(len(alphas), device=alphas.device).unsqueeze(1)
+        alphas, betas = widest_float(alphas), widest_float(betas)
+        scale = (alphas.abs() + betas + F.pad(betas[:-1], (0, 0, 1, 0))).amax(0)
+        slack = eps * torch.maximum(4 * widest_float(steps).sqrt(), widest_float(steps))
+        alphas, betas = divide_or_zero(alphas, scale).unsqueeze(2), divide_or_zero(betas, scale).unsqueeze(2)
+        return cls(alphas, betas.clamp(min=eps), (numbers < steps).unsqueeze(2), scale, eps, slack)
+
+    def ratios(self, mu: Tensor) -> Tensor:
+        """p_j(μ)/p_{j−1}(μ) at (B, points), 1 where j does not count: (k, B, points). They do not overflow, as p_j may."""
+        shifted = mu - self.alphas
+        ratios = [shifted[0] / self.betas[0]]
+        for shift, before, beta in zip(shifted[1:], self.betas, self.betas[1:], strict=False):
+            ratios.append((shift - before / ratios[-1]) / beta)
+        return torch.where(self.counts, torch.stack(ratios), 1.0)
+
+    def is_beyond(self, mu: Tensor) -> Tensor:
+        """Whether μ exceeds the largest Ritz value: every p_j is positive there, and only there."""
+        return (self.ratios(mu) > 0).all(0)
+
+    def ritz(self) -> Tensor:
+        """The largest Ritz value θ: (B,)."""
+        alphas, betas = (torch.where(self.counts, tensor, 0.0).squeeze(2).T for tensor in (self.alphas, self.betas))
+        inner = betas[:, :-1] * self.counts[1:, :, 0].T
+        tridiagonal = torch.diag_embed(alphas) + torch.diag_embed(inner, 1) + torch.diag_embed(inner, -1)
+        return torch.linalg.eigvalsh(tridiagonal)[:, -1].clamp(min=0)
+
+    def rough_ritz(self) -> Tensor:
+        """θ from below, to a 256th of its a-priori interval, without a host that waits for it: (B,)."""
+        low = self.alphas.amax(0).squeeze(1)
+        high = torch.ones_like(low)
+        fractions = torch.linspace(0, 1, 17, dtype=low.dtype, device=low.device)
+        for _ in range(2):
+            points = low.unsqueeze(1) + (high - low).unsqueeze(1) * fractions
+            below = self.is_beyond(points[:, 1:-1]).logical_not().sum(1, keepdim=True)
+            low, high = (points.gather(1, below + end).squeeze(1) for end in (0, 1))
+        return low
+
+    def log_christoffel(self, mu: Tensor) -> Tensor:
+        """log K(μ) at (B, points), −∞ up to the largest Ritz value."""
+        ratios = self.ratios(mu)
+        beyond = (ratios > 0).all(0)
+        logs = torch.where(beyond, ratios, 1.0).log()
+        log_squares = torch.where(self.counts, 2 * logs.cumsum(0), -torch.inf)
+        log_k = torch.logaddexp(log_squares.logsumexp(0), torch.zeros_like(mu))
+        return torch.where(beyond, log_k, -torch.inf)
+
+
+def _is_narrow(recurrence: _Recurrence, log_weight: Tensor, rtol: float) -> Tensor:
+    """Whether the bracket is no wider than `rtol`: (B,) bool."""
+    target = recurrence.rough_ritz() * (1 - recurrence.slack) / (1 + recurrence.slack) / (1 - min(rtol, 0.99)) ** 2
+    log_k = recurrence.log_christoffel(target.unsqueeze(1)).squeeze(1)
+    return (log_k >= -log_weight) | (recurrence.scale == 0)
+
+
+def _bracket_of_recurrence(recurrence: _Recurrence, log_weight: Tensor) -> Bracket:
+    """From the coefficients to the bracket of the largest singular value, √ of that of the eigenvalue: (B,)."""
+    ritz, slack = recurrence.ritz(), recurrence.slack
+    upper = ritz * (1 + _christoffel_root(recurrence, ritz, log_weight).exp())
+    ends = (ritz * (1 - slack) * recurrence.scale, upper * (1 + slack) * recurrence.scale)
+    return Bracket(ends[0].sqrt(), ends[1].sqrt())
+
+
+def _christoffel_root(recurrence: _Recurrence, ritz: Tensor, log_weight: Tensor) -> Tensor:
+    """log((μ − θ)/θ) where K(μ) = 1/t, or just beyond: Newton steps kept between points that are known to lie on its sides.
+
+    Two points a hundredth of the bracket's width apart are tried at a time: their difference is the slope, and in the end
+    the root lies between them. A sample whose root is found rests, so that it does not depend on the samples beside it.
     """
-    alphas, betas = widest_float(alphas), widest_float(betas)
-    tridiagonal = torch.diag_embed(alphas)
-    tridiagonal.diagonal(1, -2, -1).copy_(betas[:, :-1])
-    tridiagonal.diagonal(-1, -2, -1).copy_(betas[:, :-1])
-    ritz = torch.linalg.eigvalsh(tridiagonal)[:, -1].clamp(min=0)
-    eps = torch.finfo(dtype).eps
-    slack = eps * max(4 * alphas.shape[1] ** 0.5, alphas.shape[1])
-    point = _christoffel_root(alphas, betas, ritz, log_weight, point, eps)
-    upper = ritz * (1 + point.exp())
-    return Bracket((ritz * (1 - slack)).sqrt(), (upper * (1 + slack)).sqrt()), point
-
-
-def _christoffel_root(
-    alphas: Tensor, betas: Tensor, ritz: Tensor, log_weight: Tensor, point: Tensor, eps: float
-) -> Tensor:
-    """log((μ − θ)/θ) of the root of log K(μ) = −log t, not below it, by Newton steps kept inside a bisection.
-
-    A row that has converged rests, so that its root does not depend on the rows beside it.
-    """
-    ritz = torch.where(ritz > 0, ritz, 1.0)
-    low, high = torch.full_like(ritz, math.log(eps) - 2), torch.full_like(ritz, 40.0)
-    active = torch.ones_like(ritz, dtype=torch.bool)
-    for _ in range(60):
-        mu = ritz * (1 + point.exp())
-        log_k, slope = _log_christoffel(alphas, betas, mu, eps * ritz)
-        excess = log_k + log_weight
-        high = torch.where(active & (excess >= 0), point, high)
-        low = torch.where(active & (excess < 0), point, low)
-        newton = point - excess / (slope * (mu - ritz))
-        inside = (newton > low) & (newton < high)
-        step = torch.where(inside, newton, (low + high) / 2) - point
-        point = torch.where(active, point + step, point)
-        active &= step.abs() > _ROOT_TOLERANCE
-        if not bool(active.any()):
+    low = torch.full_like(ritz, math.log(recurrence.eps) - 2)
+    # there p_1 = (μ − α_1)/β_1 alone makes K large enough
+    high = 2 - log_weight / 2 + divide_or_zero(recurrence.betas[0, :, 0], ritz).clamp(min=1).log()
+    pair = torch.tensor([0.0, _ROOT_TOLERANCE], dtype=ritz.dtype, device=ritz.device)
+    point = torch.full_like(ritz, -2.0)
+    for _ in range(_ROOT_STEPS):  # seldom more than four
+        points = point.unsqueeze(1) + pair
+        excess = recurrence.log_christoffel(ritz.unsqueeze(1) * (1 + points.exp())) + log_weight.unsqueeze(1)
+        searching = (high - low > 2 * _ROOT_TOLERANCE).unsqueeze(1)
+        low = torch.maximum(low, torch.where(searching & (excess < 0), points, -torch.inf).amax(1))
+        high = torch.minimum(high, torch.where(searching & (excess >= 0), points, torch.inf).amin(1))
+        if bool((high - low <= 2 * _ROOT_TOLERANCE).all()):
             break
-    return torch.minimum(high, point + 2 * _ROOT_TOLERANCE)  # high is known to be above the root
+        slope = (excess[:, 1] - excess[:, 0]) / _ROOT_TOLERANCE
+        newton = point - excess[:, 0] / slope - _ROOT_TOLERANCE / 2
+        point = torch.where((newton > low - _ROOT_TOLERANCE) & (newton < high), newton, (low + high) / 2)
+    return high
 
 
-_ROOT_TOLERANCE = 1e-2  # of log((μ − θ)/θ): a hundredth of the bracket's width
-
-
-def _log_christoffel(alphas: Tensor, betas: Tensor, mu: Tensor, negligible: Tensor) -> tuple[Tensor, Tensor]:
-    """log K(μ) and d log K/dμ beyond the largest Ritz value, by ratios ρ_j = p_j/p_{j−1} that do not overflow."""
-    log_ps, dlog_ps = [torch.zeros_like(mu)], [torch.zeros_like(mu)]
-    shifted = mu.unsqueeze(1) - alphas
-    betas = torch.maximum(betas, negligible.unsqueeze(1))  # an exhausted Krylov space leaves no weight beyond θ
-    ratio = shifted[:, 0] / betas[:, 0]
-    dratio = 1 / betas[:, 0]
-    for j in range(alphas.shape[1]):
-        if j > 0:
-            before = betas[:, j - 1] / ratio
-            ratio, dratio = (
-                (shifted[:, j] - before) / betas[:, j],
-                (1 + before / ratio * dratio) / betas[:, j],
-            )
-        log_ps.append(log_ps[-1] + ratio.log())
-        dlog_ps.append(dlog_ps[-1] + dratio / ratio)
-    log_squares = 2 * torch.stack(log_ps)
-    slope = (torch.softmax(log_squares, 0) * torch.stack(dlog_ps)).sum(0) * 2
-    return torch.logsumexp(log_squares, 0), slope
+_ROOT_TOLERANCE = 2e-2
+_ROOT_STEPS = 40
