@@ -534,6 +534,27 @@ def test_krylov_brackets_hold_the_exact_left_side(activation, norm):
     assert krylov.holds.all()
 
 
+def test_a_chain_with_a_link_that_is_none_is_multiplied_out_around_it():
+    """Elementwise, then a normalisation of the sample, then elementwise again: each J by its own way, all exact."""
+    model = nn.Sequential(
+        *[
+            nn.Linear(20, 18),
+            nn.ReLU(),
+            nn.Linear(18, 19),
+            nn.LayerNorm(19),
+            nn.Linear(19, 18),
+            nn.Tanh(),
+            nn.Linear(18, 3),
+        ]
+    ).double()
+    x, y = torch.randn(4, 20, dtype=torch.float64), torch.randint(3, (4,))
+    krylov, dense = (evaluate_inequality(model, x, y, method=method, rtol=1e-3) for method in ("krylov", "dense"))
+    assert len(dense.layers) == 4
+    for found, exact in zip(krylov.layers, dense.layers, strict=True):
+        ref.assert_close(found.jacobian_norm, exact.jacobian_norm, 1e-3)
+        assert (exact.jacobian_norm <= found.jacobian_norm_upper * (1 + 1e-9)).all()
+
+
 def test_a_bracket_never_calls_rounding_a_violation():
     model = cases.mlp(64, 1, activation=nn.Identity)
     x = torch.randn(50, 64)

@@ -132,6 +132,35 @@ def test_it_stops_as_soon_as_every_bracket_is_narrow_enough():
     assert len(products) < N / 2 and set(products) == {20}
 
 
+def test_samples_that_are_done_leave_and_have_the_brackets_that_they_had_in_company():
+    """Fast and slow spectra side by side, each row with its own operator."""
+    names = ["two_values", "uniform", "decaying", "clustered_at_the_top", "rank_one", "nearly_flat", "zero", "identity"]
+    squares = torch.stack([SPECTRA[name].double().square() for name in names for _ in range(8)])
+    asked = []
+
+    def restrict(samples):
+        asked.append(samples)
+        return lambda u: u * squares[samples]
+
+    start = torch.randn(squares.shape, dtype=torch.float64)
+    bracket = lanczos_bracket(lambda u: u * squares, start, delta=1e-6, restrict=restrict)
+    assert asked and all(
+        len(later) < len(earlier) for earlier, later in itertools.pairwise([range(len(start)), *asked])
+    )
+    assert contains(bracket, squares.amax(1).sqrt(), 1e-12) and (bracket.width <= 0.05).all()
+    stayed = lanczos_bracket(lambda u: u * squares, start, delta=1e-6)
+    assert (bracket.lower <= stayed.upper).all() and (stayed.lower <= bracket.upper).all()
+
+
+def test_each_sample_may_have_its_own_delta():
+    gram, start = diagonal(SPECTRA["uniform"], batch=20)
+    delta = torch.tensor([0.1, 1e-9], dtype=torch.float64).repeat(10)
+    upper = lanczos_bracket(gram, start, delta=delta, rtol=0.0, max_steps=8).upper
+    for value, own in ((0.1, upper[::2]), (1e-9, upper[1::2])):
+        alone = lanczos_bracket(gram, start, delta=value, rtol=0.0, max_steps=8).upper
+        torch.testing.assert_close(own, alone[(0 if value == 0.1 else 1) :: 2], rtol=1e-12, atol=0)
+
+
 def test_the_dimension_bounds_the_number_of_products():
     products = []
     values = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
