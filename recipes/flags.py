@@ -80,8 +80,8 @@ class Settings:
     train_size: int | None = None
     val_size: int = 0
     seed: int = 0
-    checks: int = 40
-    probe_size: int = 128
+    checks: int = 30
+    probe_size: int = 64
     accelerator: str = "auto"
     devices: int | str = 1
     strategy: str = "auto"
