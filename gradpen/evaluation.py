@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gradpen import _checks, finite_difference, gradients, mixing, param_norms
-from gradpen._graph import edge_of, walk_graph
+from gradpen._graph import GraphWalk, edge_of, walk_graph
 from gradpen._numerics import sum_tensors
 from gradpen.criteria import Criterion, Scalar
 from gradpen.recording import Recording, RngState, call_with, float_tensors, map_tensors, record_forward
@@ -51,11 +51,13 @@ class _Pass:
 class _ScalarGradients:
     """f on one forward pass, and its gradients, computed when first asked for."""
 
+    model: nn.Module
     function: Scalar
     recording: Recording
     create_graph: bool = True
     inputs: bool = False
     deltas: bool = False
+    _mixed_calls: frozenset[int] | None = None
 
     @cached_property
     def f(self) -> Tensor:
@@ -66,6 +68,18 @@ class _ScalarGradients:
         return gradients.sample_gradients(
             self.f.sum(), self.recording, inputs=self.inputs, deltas=self.deltas, create_graph=self.create_graph
         )
+
+    @cached_property
+    def walk(self) -> GraphWalk:
+        return walk_graph(self.f)
+
+    def find_mixed_calls(self) -> frozenset[int]:
+        """`mixing.find_mixed_calls`, asked once for all terms of this f."""
+        if self._mixed_calls is None:
+            self._mixed_calls = mixing.find_mixed_calls(
+                self.model, self.f, self.function, self.recording, self.gradients, self.walk
+            )
+        return self._mixed_calls
 
     def known_mean(self, x: Any) -> finite_difference.KnownGradient:
         """mean_i f_i with its gradient computed now, and with it whatever gradients are wanted of the f_i."""
@@ -114,7 +128,7 @@ def evaluate_terms(
     forward = _Pass(model, x, recording, rng)
     scalars: dict[Any, _ScalarGradients] = {}
     for term, criterion in terms:
-        new = _ScalarGradients(term.scalar(criterion, y), recording, create_graph)
+        new = _ScalarGradients(model, term.scalar(criterion, y), recording, create_graph)
         scalar = scalars.setdefault(scalar_key(term, criterion), new)
         scalar.inputs |= isinstance(term, InputTerm) and term.method == "exact"
         scalar.deltas |= needs_deltas(term)
@@ -226,7 +240,7 @@ def _mixed_by_output(
     if any(output.shape[:1] != (batch_size,) for output in outputs) or not _passes_through(
         outputs, total, recording, found
     ):
-        mixing.check_unambiguous(total, recording, found, batch_size)
+        mixing.check_unambiguous(walk_graph(total), recording, found, batch_size)
         return frozenset()
     cotangents = torch.autograd.grad(total, outputs, retain_graph=True, materialize_grads=True)
 
@@ -257,10 +271,10 @@ def _input_norms(forward: _Pass, scalar: _ScalarGradients, term: InputTerm) -> G
         return GroupNorms(sq_norms, torch.ones_like(sq_norms))
     _checks.check_input_rows(recording.inputs, scalar.f.shape[0])
     if term.method == "exact":
-        mixing.find_mixed_calls(forward.model, scalar.f, scalar.function, recording, scalar.gradients)
+        scalar.find_mixed_calls()
         sq_norms = gradients.input_sq_norm(scalar.gradients.inputs)
     else:
-        mixing.check_inputs_unmixed(forward.model, scalar.f, scalar.function, recording)
+        mixing.check_inputs_unmixed(forward.model, scalar.f, scalar.function, recording, scalar.walk)
         sq_norms = finite_difference.input_norm(
             forward.model,
             forward.x,
@@ -317,7 +331,9 @@ def _param_norms(
         norms = _finite_difference_norms(forward, scalar, term, criterion, y, parameters, known)
         return GroupNorms(norms.square(), sizes)
     if term.over == "batch":
-        sq_norm = param_norms.batch_param_sq_norm(f, list(parameters.values()), create_graph=scalar.create_graph)
+        sq_norm = param_norms.batch_param_sq_norm(
+            f, list(parameters.values()), create_graph=scalar.create_graph, walk=scalar.walk
+        )
         return GroupNorms(sq_norm, sizes)
     sq_norms = param_norms.param_sq_norm(
         forward.model,
@@ -330,6 +346,8 @@ def _param_norms(
         group_size=group_size,
         rng=forward.rng,
         create_graph=scalar.create_graph,
+        walk=scalar.walk,
+        mixed_calls=scalar.find_mixed_calls(),
     )
     return GroupNorms(sq_norms, sizes)
 
