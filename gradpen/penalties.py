@@ -88,6 +88,8 @@ class GradPenalty(nn.Module):
     def reduce(self, norms: GroupNorms) -> Tensor:
         """R: the mean over samples of ‖·‖², or of ‖·‖."""
         values = norms.sq_norms if self.squared else safe_sqrt(norms.sq_norms)
+        if norms.sizes is None:
+            return values.mean()
         return (values * norms.sizes).sum() / norms.sizes.sum()
 
     def get_extra_state(self) -> dict[str, int]:

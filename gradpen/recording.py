@@ -151,7 +151,7 @@ class RngState(NamedTuple):
     @classmethod
     def capture(cls) -> RngState:
         """Read the state as it is now."""
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         return cls(torch.get_rng_state(), cuda)
 
     def restore(self) -> None:

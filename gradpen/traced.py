@@ -137,7 +137,7 @@ def _group_norms(
 ) -> GroupNorms:
     if isinstance(term, InputTerm):
         sq_norms = _input_sq_norms(model, x, y, forward, term, criterion, f, rows)
-        return GroupNorms(sq_norms, torch.ones_like(sq_norms))
+        return GroupNorms(sq_norms)
     batch_size = f.shape[0]
     group_size = term.group_size(batch_size)
     if term.method == "finite_difference":
