@@ -87,8 +87,8 @@ def check_not_compiled(modules: Iterable[nn.Module], method: str) -> None:
 def warn_of_wrong_second_derivatives(modules: Mapping[str, nn.Module]) -> None:
     """The fused kernel of torch's weight_norm fails gradgradcheck: values are right, their gradients are not."""
     for name, module in modules.items():
-        hooks = module._forward_pre_hooks.values()
-        if "_WeightNorm" in type(module).__name__ or any(type(hook).__name__ == "WeightNorm" for hook in hooks):
+        hooks = [type(hook).__name__ for hook in module._forward_pre_hooks.values()]
+        if "_WeightNorm" in type(module).__name__ or "WeightNorm" in hooks:
             warnings.warn(
                 f"layer {name!r} uses torch's weight_norm, whose second derivative is wrong in PyTorch: the penalty's value "
                 'is right, its gradient is not. Use method="finite_difference", or a parametrisation in plain operations',

@@ -40,7 +40,7 @@ class GraphWalk:
     @cached_property
     def kinds(self) -> frozenset[str]:
         """Names of the nodes' types."""
-        return frozenset(type(node).__name__ for node in self.parents)
+        return frozenset({type(node).__name__ for node in self.parents})
 
     @cached_property
     def shape(self) -> int:

@@ -183,13 +183,15 @@ def closed_param_sq_norm(
     parts = []
     for start, stop, size in ((0, whole, group_size), (whole, batch_size, batch_size - whole)):
         if start < stop:
-            calls = {index: _rows(recording.calls[index], start, stop) for index in gradients.deltas}
+            calls = {
+                index: _rows(recording.gate.without_aliases(recording.calls[index]), start, stop)
+                for index in gradients.deltas
+            }
             deltas = {index: _slice(delta, start, stop) for index, delta in gradients.deltas.items()}
             with full_precision(device):
                 sq_norms = _plan_sq_norms(calls, deltas, plan, size)
-            parts.append(
-                sum_tensors(sq_norms) / size**2 if sq_norms else torch.zeros((stop - start) // size, device=device)
-            )
+            total = sum_tensors(sq_norms) if sq_norms else torch.zeros((stop - start) // size, device=device)
+            parts.append(total if size == 1 else total / size**2)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
