@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -74,9 +74,9 @@ def is_compiled(module: nn.Module) -> bool:
     return getattr(module, "_compiled_call_impl", None) is not None or type(module).__name__ == "OptimizedModule"
 
 
-def check_not_compiled(model: nn.Module, method: str) -> None:
+def check_not_compiled(modules: Iterable[nn.Module], method: str) -> None:
     """PyTorch refuses double backward through a compiled module; say so before it does."""
-    if any(is_compiled(module) for module in model.modules()):
+    if any(is_compiled(module) for module in modules):
         raise RuntimeError(
             f'method="{method}" differentiates a gradient, and PyTorch cannot do that through a module '
             "compiled with torch.compile. Two ways work: pass the original (uncompiled) module, whose "
@@ -84,11 +84,11 @@ def check_not_compiled(model: nn.Module, method: str) -> None:
         )
 
 
-def warn_of_wrong_second_derivatives(model: nn.Module) -> None:
+def warn_of_wrong_second_derivatives(modules: Mapping[str, nn.Module]) -> None:
     """The fused kernel of torch's weight_norm fails gradgradcheck: values are right, their gradients are not."""
-    for name, module in model.named_modules():
-        hooks = module._forward_pre_hooks.values()
-        if "_WeightNorm" in type(module).__name__ or any(type(hook).__name__ == "WeightNorm" for hook in hooks):
+    for name, module in modules.items():
+        hooks = [type(hook).__name__ for hook in module._forward_pre_hooks.values()]
+        if "_WeightNorm" in type(module).__name__ or "WeightNorm" in hooks:
             warnings.warn(
                 f"layer {name!r} uses torch's weight_norm, whose second derivative is wrong in PyTorch: the penalty's value "
                 'is right, its gradient is not. Use method="finite_difference", or a parametrisation in plain operations',
@@ -98,7 +98,12 @@ def warn_of_wrong_second_derivatives(model: nn.Module) -> None:
 
 def check_no_batch_statistics(model: nn.Module, quantity: str) -> None:
     """BatchNorm that normalises with the batch's own statistics makes f_i depend on the other samples."""
-    for name, module in model.named_modules():
+    check_none_mixes_samples(dict(model.named_modules()), quantity)
+
+
+def check_none_mixes_samples(modules: Mapping[str, nn.Module], quantity: str) -> None:
+    """`check_no_batch_statistics` for the modules of a model, by name."""
+    for name, module in modules.items():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
             reason = "in training mode" if module.training else "without running statistics"
             raise RuntimeError(

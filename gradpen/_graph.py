@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Collection, KeysView, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,12 +18,40 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 EDGES_KEEP_PYTHON_NODES = "ownership_token" in GradientEdge._fields
 
 
-class GraphWalk(NamedTuple):
-    """Every node that a backward pass from one tensor can reach, and the leaves behind them."""
+@dataclass(frozen=True)
+class GraphWalk:
+    """Every node that a backward pass from one tensor can reach, and the leaves behind them.
 
-    nodes: set[Any]
+    Attributes:
+        parents: node → the nodes behind it, None where there is nothing to differentiate; in the order of the visits.
+        leaves: id → leaf.
+        leaf_edges: id(leaf) → how many places in the graph use it.
+    """
+
+    parents: dict[Any, tuple[Any, ...]]
     leaves: dict[int, Tensor]
-    leaf_edges: Counter[int]  # id(leaf) → how many places in the graph use it
+    leaf_edges: Counter[int]
+
+    @property
+    def nodes(self) -> KeysView[Any]:
+        """The nodes that were visited, and those that were not looked behind."""
+        return self.parents.keys()
+
+    @cached_property
+    def kinds(self) -> frozenset[str]:
+        """Names of the nodes' types."""
+        return frozenset({type(node).__name__ for node in self.parents})
+
+    @cached_property
+    def shape(self) -> int:
+        """Which operations there are, how they hang together and over which dimensions they run; sizes do not count."""
+        places = {node: place for place, node in enumerate(self.parents)}
+        return hash(
+            tuple(
+                (type(node).__name__, _dimensions(node), *[places.get(parent) for parent in parents])
+                for node, parents in self.parents.items()
+            )
+        )
 
 
 def differentiate(
@@ -58,17 +88,17 @@ def walk_graph(root: Tensor, stop_at: Collection[Any] = ()) -> GraphWalk:
     A view or a cast of a parameter counts as often as it is used: autocast casts once for all uses, and the derivative of a
     dense layer, taken inside the model, uses the very transpose that the layer made.
     """
-    nodes: set[Any] = set(stop_at)
+    parents: dict[Any, tuple[Any, ...]] = dict.fromkeys(stop_at, ())
     leaves: dict[int, Tensor] = {}
     users: dict[Any, list[Any]] = {}  # view or cast → the nodes that use it, as often as they do
     leaf_users: list[tuple[int, Any]] = []  # (id(leaf), node that uses it)
     pending = [] if root.grad_fn is None else [root.grad_fn]
     while pending:
         node = pending.pop()
-        if node in nodes:
+        if node in parents:
             continue
-        nodes.add(node)
-        for parent, _ in node.next_functions:
+        parents[node] = tuple([parent for parent, _ in node.next_functions])
+        for parent in parents[node]:
             if parent is None:
                 continue
             kind = type(parent).__name__
@@ -76,7 +106,7 @@ def walk_graph(root: Tensor, stop_at: Collection[Any] = ()) -> GraphWalk:
                 leaf: Tensor = getattr(parent, "variable")  # absent from the type stubs
                 leaves[id(leaf)] = leaf
                 leaf_users.append((id(leaf), node))
-                nodes.add(parent)
+                parents[parent] = ()
                 continue
             if kind in _PASSING_ON:
                 users.setdefault(parent, []).append(node)
@@ -84,40 +114,16 @@ def walk_graph(root: Tensor, stop_at: Collection[Any] = ()) -> GraphWalk:
     leaf_edges: Counter[int] = Counter()
     for leaf_id, node in leaf_users:
         leaf_edges[leaf_id] += _count_uses(node, users)
-    return GraphWalk(nodes, leaves, leaf_edges)
-
-
-class GraphShape(NamedTuple):
-    """What tells graphs apart whose operations, or the dimensions that these run over, differ."""
-
-    key: int
-    kinds: frozenset[str]  # names of the nodes' types
-
-
-def graph_shape(root: Tensor) -> GraphShape:
-    """Which operations lie under `root`, how they hang together and over which dimensions they run; sizes do not count."""
-    places: dict[Any, int] = {}
-    trace: list[Any] = []
-    kinds: set[str] = set()
-    pending = [] if root.grad_fn is None else [root.grad_fn]
-    while pending:
-        node = pending.pop()
-        if node in places:
-            trace.append(places[node])
-            continue
-        places[node] = len(places)
-        kind = type(node)
-        kinds.add(kind.__name__)
-        parents = [parent for parent, _ in node.next_functions]
-        trace.append((kind.__name__, _dimensions(node), *[parent is None for parent in parents]))
-        pending += [parent for parent in parents if parent is not None]
-    return GraphShape(hash(tuple(trace)), frozenset(kinds))
+    return GraphWalk(parents, leaves, leaf_edges)
 
 
 def _dimensions(node: Any) -> tuple[Any, ...]:
     """What a node remembers of the dimensions it runs over, and which rows it takes if it takes some of dimension 0."""
     kind: Any = type(node)
-    values = tuple(getattr(node, name) for name in _dimension_names(kind))
+    names = _dimension_names(kind)
+    if not names:
+        return ()
+    values = tuple([getattr(node, name) for name in names])
     if kind.__name__ in _TAKING_ROWS and values[0] == 0:
         return values + tuple(getattr(node, name) for name in _TAKING_ROWS[kind.__name__])
     return values

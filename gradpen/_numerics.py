@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -21,8 +22,10 @@ def widest_float(tensor: Tensor) -> Tensor:
     return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
 
 
-def full_precision(device: torch.device) -> torch.autocast:
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """Autocast off: it would run the products behind a norm in half precision."""
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 
@@ -36,7 +39,9 @@ def rounding_tolerance(tensor: Tensor) -> float:
 
 def row_sq_norm(tensor: Tensor) -> Tensor:
     """Σ over everything but dimension 0 of the squares: (B, …) → (B,)."""
-    rows = at_least_float32(tensor).reshape(tensor.shape[0], -1)
+    rows = at_least_float32(tensor)
+    if rows.dim() != 2:
+        rows = rows.reshape(tensor.shape[0], -1)
     return (rows * rows).sum(1)
 
 

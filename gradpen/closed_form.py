@@ -113,10 +113,11 @@ def is_dense_row(call: Call, group_size: int) -> bool:
 
 def dense_row_sq_norm(call: Call, roles: Collection[str], delta: Tensor) -> Tensor:
     """(1 + ‖h_i‖²)‖δ_i‖², without the 1 or the ‖h_i‖² where the bias or the weight does not count: (B,)."""
-    factor: float | Tensor = 1.0 if "bias" in roles else 0.0
-    if "weight" in roles:
-        factor = factor + row_sq_norm(call.checked_input())
-    return factor * row_sq_norm(delta)
+    delta_sq_norm = row_sq_norm(delta)
+    if "weight" not in roles:
+        return delta_sq_norm
+    input_sq_norm = row_sq_norm(call.checked_input())
+    return (1.0 + input_sq_norm if "bias" in roles else input_sq_norm) * delta_sq_norm
 
 
 def combinable(calls: Sequence[tuple[Call, str]]) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gradpen import _checks, finite_difference, gradients, mixing, param_norms
-from gradpen._graph import edge_of, walk_graph
+from gradpen._graph import GraphWalk, edge_of, walk_graph
 from gradpen._numerics import sum_tensors
 from gradpen.criteria import Criterion, Scalar
 from gradpen.recording import Recording, RngState, call_with, float_tensors, map_tensors, record_forward
@@ -26,7 +26,7 @@ class GroupNorms(NamedTuple):
     """Squared norms and what they stand for."""
 
     sq_norms: Tensor  # (groups,), differentiable
-    sizes: Tensor  # (groups,): how many samples are behind each
+    sizes: Tensor | None = None  # (groups,): how many samples are behind each; None where all have as many
 
 
 class Evaluation(NamedTuple):
@@ -51,11 +51,13 @@ class _Pass:
 class _ScalarGradients:
     """f on one forward pass, and its gradients, computed when first asked for."""
 
+    model: nn.Module
     function: Scalar
     recording: Recording
     create_graph: bool = True
     inputs: bool = False
     deltas: bool = False
+    _mixed_calls: frozenset[int] | None = None
 
     @cached_property
     def f(self) -> Tensor:
@@ -66,6 +68,18 @@ class _ScalarGradients:
         return gradients.sample_gradients(
             self.f.sum(), self.recording, inputs=self.inputs, deltas=self.deltas, create_graph=self.create_graph
         )
+
+    @cached_property
+    def walk(self) -> GraphWalk:
+        return walk_graph(self.f)
+
+    def find_mixed_calls(self) -> frozenset[int]:
+        """`mixing.find_mixed_calls`, asked once for all terms of this f."""
+        if self._mixed_calls is None:
+            self._mixed_calls = mixing.find_mixed_calls(
+                self.model, self.f, self.function, self.recording, self.gradients, self.walk
+            )
+        return self._mixed_calls
 
     def known_mean(self, x: Any) -> finite_difference.KnownGradient:
         """mean_i f_i with its gradient computed now, and with it whatever gradients are wanted of the f_i."""
@@ -103,7 +117,7 @@ def evaluate_terms(
         TypeError, ValueError, RuntimeError: as `gradpen.functional` says.
     """
     kinds = [term for term, _ in terms]
-    check_call(model, kinds)
+    parameters = check_call(model, kinds)
     rng = RngState.capture()
     recording = record_forward(
         model,
@@ -114,7 +128,7 @@ def evaluate_terms(
     forward = _Pass(model, x, recording, rng)
     scalars: dict[Any, _ScalarGradients] = {}
     for term, criterion in terms:
-        new = _ScalarGradients(term.scalar(criterion, y), recording, create_graph)
+        new = _ScalarGradients(model, term.scalar(criterion, y), recording, create_graph)
         scalar = scalars.setdefault(scalar_key(term, criterion), new)
         scalar.inputs |= isinstance(term, InputTerm) and term.method == "exact"
         scalar.deltas |= needs_deltas(term)
@@ -126,12 +140,12 @@ def evaluate_terms(
         multiple = data.over_mean(value, known.loss, mean_f.f.shape[0])
         data_loss = value + multiple * (known.loss - known.loss.detach())
     norms = []
-    for term, criterion in terms:
+    for (term, criterion), chosen in zip(terms, parameters, strict=True):
         scalar = scalars[scalar_key(term, criterion)]
         if isinstance(term, InputTerm):
             norms.append(_input_norms(forward, scalar, term))
         else:
-            norms.append(_param_norms(forward, scalar, term, criterion, y, known))
+            norms.append(_param_norms(forward, scalar, term, criterion, y, chosen, known))
         if not create_graph:  # some of them had to build one
             norms[-1] = norms[-1]._replace(sq_norms=norms[-1].sq_norms.detach())
     recording.gate.closed = True
@@ -181,7 +195,7 @@ def evaluate_loss_terms(
         ValueError: if a term needs a forward pass of its own.
         RuntimeError: as `gradpen.functional` says.
     """
-    check_call(model, terms)
+    parameters = check_call(model, terms)
     _checks.check_input_rows(recording.inputs, batch_size)
     total = loss * batch_size if reduction == "mean" else loss
     needed = [term for term in terms if isinstance(term, ParamTerm) or term.of == "loss"]
@@ -195,22 +209,21 @@ def evaluate_loss_terms(
         )
     mixed = _mixed_by_output(model, total, recording, found, batch_size)
     norms = []
-    for term in terms:
+    for term, chosen in zip(terms, parameters, strict=True):
         if isinstance(term, InputTerm):
             sq_norms = (
                 _jacobian_sq_norm(model, recording, term)
                 if term.of == "output"
                 else gradients.input_sq_norm(found.inputs)
             )
-            norms.append(GroupNorms(sq_norms, torch.ones_like(sq_norms)))
+            norms.append(GroupNorms(sq_norms))
             continue
-        parameters = select_parameters(model, term.parameters)
         sizes = term.group_sizes(batch_size, total)
         if term.over == "batch":
-            sq_norms = param_norms.batch_param_sq_norm(total / batch_size, list(parameters.values()))
+            sq_norms = param_norms.batch_param_sq_norm(total / batch_size, list(chosen.values()))
         else:
             sq_norms = param_norms.closed_loss_sq_norm(
-                total, recording, found, parameters, mixed, batch_size, term.group_size(batch_size)
+                total, recording, found, chosen, mixed, batch_size, term.group_size(batch_size)
             )
         norms.append(GroupNorms(sq_norms, sizes))
     return norms
@@ -226,7 +239,7 @@ def _mixed_by_output(
     if any(output.shape[:1] != (batch_size,) for output in outputs) or not _passes_through(
         outputs, total, recording, found
     ):
-        mixing.check_unambiguous(total, recording, found, batch_size)
+        mixing.check_unambiguous(walk_graph(total), recording, found, batch_size)
         return frozenset()
     cotangents = torch.autograd.grad(total, outputs, retain_graph=True, materialize_grads=True)
 
@@ -254,13 +267,13 @@ def _input_norms(forward: _Pass, scalar: _ScalarGradients, term: InputTerm) -> G
     recording = forward.recording
     if term.of == "output":
         sq_norms = _jacobian_sq_norm(forward.model, recording, term)
-        return GroupNorms(sq_norms, torch.ones_like(sq_norms))
+        return GroupNorms(sq_norms)
     _checks.check_input_rows(recording.inputs, scalar.f.shape[0])
     if term.method == "exact":
-        mixing.find_mixed_calls(forward.model, scalar.f, scalar.function, recording, scalar.gradients)
+        scalar.find_mixed_calls()
         sq_norms = gradients.input_sq_norm(scalar.gradients.inputs)
     else:
-        mixing.check_inputs_unmixed(forward.model, scalar.f, scalar.function, recording)
+        mixing.check_inputs_unmixed(forward.model, scalar.f, scalar.function, recording, scalar.walk)
         sq_norms = finite_difference.input_norm(
             forward.model,
             forward.x,
@@ -271,7 +284,7 @@ def _input_norms(forward: _Pass, scalar: _ScalarGradients, term: InputTerm) -> G
             step=term.step,
             replay=forward.rng.replayed,
         ).square()
-    return GroupNorms(sq_norms, torch.ones_like(sq_norms))
+    return GroupNorms(sq_norms)
 
 
 def _jacobian_sq_norm(model: nn.Module, recording: Recording, term: InputTerm) -> Tensor:
@@ -307,9 +320,9 @@ def _param_norms(
     term: ParamTerm,
     criterion: Criterion,
     y: Any,
+    parameters: Mapping[str, Tensor],
     known: finite_difference.KnownGradient | None,
 ) -> GroupNorms:
-    parameters = select_parameters(forward.model, term.parameters)
     f = scalar.f
     group_size = term.group_size(f.shape[0])
     sizes = term.group_sizes(f.shape[0], f)
@@ -317,7 +330,9 @@ def _param_norms(
         norms = _finite_difference_norms(forward, scalar, term, criterion, y, parameters, known)
         return GroupNorms(norms.square(), sizes)
     if term.over == "batch":
-        sq_norm = param_norms.batch_param_sq_norm(f, list(parameters.values()), create_graph=scalar.create_graph)
+        sq_norm = param_norms.batch_param_sq_norm(
+            f, list(parameters.values()), create_graph=scalar.create_graph, walk=scalar.walk
+        )
         return GroupNorms(sq_norm, sizes)
     sq_norms = param_norms.param_sq_norm(
         forward.model,
@@ -330,6 +345,8 @@ def _param_norms(
         group_size=group_size,
         rng=forward.rng,
         create_graph=scalar.create_graph,
+        walk=scalar.walk,
+        mixed_calls=scalar.find_mixed_calls(),
     )
     return GroupNorms(sq_norms, sizes)
 
@@ -391,17 +408,20 @@ def needs_deltas(term: Term) -> bool:
     return isinstance(term, ParamTerm) and term.method == "exact" and term.over != "batch"
 
 
-def check_call(model: nn.Module, terms: Sequence[Term]) -> None:
-    """Refuse what cannot be right before any forward pass."""
+def check_call(model: nn.Module, terms: Sequence[Term]) -> list[dict[str, nn.Parameter]]:
+    """Refuse what cannot be right before any forward pass; for every term, the parameters that count."""
     _checks.check_model(model)
     _checks.check_grad_enabled()
-    for term in terms:
-        if term.method != "finite_difference":
-            _checks.check_not_compiled(model, term.method)
-            _checks.warn_of_wrong_second_derivatives(model)
-        if isinstance(term, InputTerm):
-            _checks.check_no_batch_statistics(model, "the input penalty")
-            continue
-        select_parameters(model, term.parameters)
-        if term.over != "batch":
-            _checks.check_no_batch_statistics(model, f"the parameter penalty over={term.over!r}")
+    modules = dict(model.named_modules())
+    exact = next((term.method for term in terms if term.method != "finite_difference"), None)
+    if exact is not None:
+        _checks.check_not_compiled(modules.values(), exact)
+        _checks.warn_of_wrong_second_derivatives(modules)
+    apart = next((_quantity(term) for term in terms if isinstance(term, InputTerm) or term.over != "batch"), None)
+    if apart is not None:
+        _checks.check_none_mixes_samples(modules, apart)
+    return [select_parameters(model, term.parameters) if isinstance(term, ParamTerm) else {} for term in terms]
+
+
+def _quantity(term: Term) -> str:
+    return "the input penalty" if isinstance(term, InputTerm) else f"the parameter penalty over={term.over!r}"

@@ -11,32 +11,44 @@ import torch
 from torch import Tensor, nn
 
 from gradpen import closed_form
-from gradpen._graph import GraphShape, graph_shape
+from gradpen._graph import GraphWalk, walk_graph
 from gradpen._numerics import rounding_tolerance
 from gradpen.gradients import SampleGradients, sample_gradients
 from gradpen.recording import Recording
 
 
 def find_mixed_calls(
-    model: nn.Module, f: Tensor, scalar: Callable[[Any], Tensor], recording: Recording, gradients: SampleGradients
+    model: nn.Module,
+    f: Tensor,
+    scalar: Callable[[Any], Tensor],
+    recording: Recording,
+    gradients: SampleGradients,
+    walk: GraphWalk | None = None,
 ) -> frozenset[int]:
     """Calls with a row that more than one sample reaches, found by one more backward pass; errors for the inputs.
 
     With c_i f_i in place of f_i, a row that belongs to sample i alone is multiplied by c_i. The answer depends on the
     operations in the graph of f and on how the model lays out its batch. It is kept for these, and looked at again after 1,
-    2, 4, 8, … uses: a path that was multiplied by 0 may have opened.
+    2, 4, 8, … uses: a path that was multiplied by 0 may have opened. `walk` is that of the graph of f, if it is known.
 
     Raises:
         RuntimeError: if a gradient shows that f_i depends on the input or the output of other samples than i.
     """
     if f.shape[0] == 1:
         return frozenset()
-    key = _key(model, f, scalar, recording, gradients)
-    known = _recall(model, key, f, recording, gradients)
+    walk = walk or walk_graph(f)
+    key = _key(model, f, scalar, recording, gradients, walk)
+    known = _recall(model, key, f, recording, gradients, walk)
     return _try_out(model, key, f, recording, gradients) if known is None else known
 
 
-def check_inputs_unmixed(model: nn.Module, f: Tensor, scalar: Callable[[Any], Tensor], recording: Recording) -> None:
+def check_inputs_unmixed(
+    model: nn.Module,
+    f: Tensor,
+    scalar: Callable[[Any], Tensor],
+    recording: Recording,
+    walk: GraphWalk | None = None,
+) -> None:
     """`find_mixed_calls` for the inputs alone, without a backward pass if the answer is known.
 
     Raises:
@@ -45,8 +57,9 @@ def check_inputs_unmixed(model: nn.Module, f: Tensor, scalar: Callable[[Any], Te
     if f.shape[0] == 1:
         return
     shaped = SampleGradients(recording.inputs, {})
-    key = _key(model, f, scalar, recording, shaped)
-    if _recall(model, key, f, recording, shaped) is None:
+    walk = walk or walk_graph(f)
+    key = _key(model, f, scalar, recording, shaped, walk)
+    if _recall(model, key, f, recording, shaped, walk) is None:
         found = sample_gradients(f.sum(), recording, inputs=True, deltas=False, create_graph=False)
         _try_out(model, key, f, recording, found)
 
@@ -62,11 +75,11 @@ _MAX_VERDICTS = 256  # a model may build another graph on every call
 
 
 def _recall(
-    model: nn.Module, key: _Key, f: Tensor, recording: Recording, gradients: SampleGradients
+    model: nn.Module, key: _Key, f: Tensor, recording: Recording, gradients: SampleGradients, walk: GraphWalk
 ) -> frozenset[int] | None:
     """What was found for this key, or None if it is to be found out (again)."""
     verdict = _verdicts.get(model, {}).get(key)
-    if verdict is None or _is_ambiguous(key.graph.kinds, recording, gradients, f.shape[0]):
+    if verdict is None or is_ambiguous(walk.kinds, recording, gradients, f.shape[0]):
         return None
     verdict.uses += 1
     return None if verdict.uses.bit_count() == 1 else verdict.mixed
@@ -121,7 +134,7 @@ def _tolerance(f: Tensor, recording: Recording, gradients: SampleGradients) -> f
 class _Key(NamedTuple):
     """What the answer depends on."""
 
-    graph: GraphShape
+    graph: int  # `GraphWalk.shape`
     training: bool
     inputs: int
     layout: tuple[bool, ...]  # for every call: whether dimension 0 of its input has the batch's size
@@ -129,10 +142,15 @@ class _Key(NamedTuple):
 
 
 def _key(
-    model: nn.Module, f: Tensor, scalar: Callable[[Any], Tensor], recording: Recording, gradients: SampleGradients
+    model: nn.Module,
+    f: Tensor,
+    scalar: Callable[[Any], Tensor],
+    recording: Recording,
+    gradients: SampleGradients,
+    walk: GraphWalk,
 ) -> _Key:
     layout = tuple(recording.calls[index].input.shape[:1] == f.shape[:1] for index in gradients.deltas)
-    return _Key(graph_shape(f), model.training, len(gradients.inputs), layout, code_of(scalar))
+    return _Key(walk.shape, model.training, len(gradients.inputs), layout, code_of(scalar))
 
 
 def find_mixed_calls_for_good(
@@ -143,9 +161,10 @@ def find_mixed_calls_for_good(
     Raises:
         RuntimeError: as `find_mixed_calls`, and if this batch does not settle it for the next ones.
     """
-    check_unambiguous(f, recording, gradients, f.shape[0])
-    mixed = find_mixed_calls(model, f, scalar, recording, gradients)
-    if f.shape[0] > 1 and _key(model, f, scalar, recording, gradients) not in _verdicts.get(model, {}):
+    walk = walk_graph(f)
+    check_unambiguous(walk, recording, gradients, f.shape[0])
+    mixed = find_mixed_calls(model, f, scalar, recording, gradients, walk)
+    if f.shape[0] > 1 and _key(model, f, scalar, recording, gradients, walk) not in _verdicts.get(model, {}):
         raise RuntimeError(
             "expected gradients other than zero, from which can be seen that f_i depends on sample i alone, but for this "
             "batch some layer's are zero throughout: call the objective once without torch.compile on a batch whose are not"
@@ -153,13 +172,13 @@ def find_mixed_calls_for_good(
     return mixed
 
 
-def check_unambiguous(root: Tensor, recording: Recording, gradients: SampleGradients, batch_size: int) -> None:
+def check_unambiguous(walk: GraphWalk, recording: Recording, gradients: SampleGradients, batch_size: int) -> None:
     """Where rows cannot be tried out, they are taken for samples only if they cannot be anything else.
 
     Raises:
         RuntimeError: if there are as many positions as samples, or rows are picked by index.
     """
-    if batch_size > 1 and _is_ambiguous(graph_shape(root).kinds, recording, gradients, batch_size):
+    if batch_size > 1 and is_ambiguous(walk.kinds, recording, gradients, batch_size):
         raise RuntimeError(
             f"a layer sees as many positions (tokens, pixels) as there are samples, {batch_size}, or rows that were picked "
             "by index, so it cannot be told which dimension counts samples: say which part of the module is the model "
@@ -167,12 +186,7 @@ def check_unambiguous(root: Tensor, recording: Recording, gradients: SampleGradi
         )
 
 
-def is_ambiguous(root: Tensor, recording: Recording, gradients: SampleGradients, batch_size: int) -> bool:
-    """`_is_ambiguous` for the graph under `root`."""
-    return _is_ambiguous(graph_shape(root).kinds, recording, gradients, batch_size)
-
-
-def _is_ambiguous(kinds: Collection[str], recording: Recording, gradients: SampleGradients, batch_size: int) -> bool:
+def is_ambiguous(kinds: Collection[str], recording: Recording, gradients: SampleGradients, batch_size: int) -> bool:
     """Whether the next batch may be laid out otherwise though all shapes agree."""
     calls = [recording.calls[index] for index in gradients.deltas]
     return (

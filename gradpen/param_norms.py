@@ -35,7 +35,7 @@ class ParameterPlan(NamedTuple):
 
 def plan_parameters(
     recording: Recording,
-    root: Tensor,
+    walk: GraphWalk,
     parameters: Mapping[str, Tensor],
     mixed_calls: frozenset[int],
     batch_size: int,
@@ -47,7 +47,7 @@ def plan_parameters(
 
     Args:
         recording: the forward pass.
-        root: f, or Σ_i f_i.
+        walk: the graph of f, or of Σ_i f_i.
         parameters: name → parameter.
         mixed_calls: calls whose rows are not one sample each (`find_mixed_calls`).
         batch_size: B.
@@ -55,7 +55,6 @@ def plan_parameters(
     Raises:
         RuntimeError: if a reentrant checkpoint hides parameters.
     """
-    walk = walk_graph(root)
     _check_nothing_hidden(walk)
     uses = _uses_by_parameter(recording.calls, walk)
     plan = ParameterPlan({}, [])
@@ -91,6 +90,8 @@ def param_sq_norm(
     group_size: int,
     rng: RngState,
     create_graph: bool = True,
+    walk: GraphWalk | None = None,
+    mixed_calls: frozenset[int] | None = None,
 ) -> Tensor:
     """‖∇_θ mean_{i ∈ group} f_i‖² for every run of `group_size` samples (the last may be shorter): (groups,).
 
@@ -105,18 +106,22 @@ def param_sq_norm(
         group_size: samples per group, at most B.
         rng: the generators' state before the forward pass.
         create_graph: keep the result differentiable.
+        walk: that of the graph of f, if it is known.
+        mixed_calls: calls whose rows are not one sample each, if they are known.
 
     Raises:
         RuntimeError: if samples are mixed.
     """
     batch_size = f.shape[0]
-    mixed = find_mixed_calls(model, f, scalar, recording, gradients)
-    plan = plan_parameters(recording, f, parameters, mixed, batch_size)
+    walk = walk or walk_graph(f)
+    if mixed_calls is None:
+        mixed_calls = find_mixed_calls(model, f, scalar, recording, gradients, walk)
+    plan = plan_parameters(recording, walk, parameters, mixed_calls, batch_size)
     closed = closed_param_sq_norm(recording, gradients, plan, batch_size, group_size, f.device)
     if not plan.mapped:
         return closed
     mapped = {name: parameters[name] for name in plan.mapped}
-    settled = not mixing.is_ambiguous(f, recording, gradients, batch_size)
+    settled = not mixing.is_ambiguous(walk.kinds, recording, gradients, batch_size)
     return closed + _mapped_sq_norm(model, x, f, scalar, mapped, group_size, rng, create_graph, settled)
 
 
@@ -134,7 +139,7 @@ def closed_loss_sq_norm(
     Raises:
         RuntimeError: naming the parameters that have none.
     """
-    plan = plan_parameters(recording, total, parameters, mixed_calls, batch_size)
+    plan = plan_parameters(recording, walk_graph(total), parameters, mixed_calls, batch_size)
     if plan.mapped:
         raise RuntimeError(
             f"the gradients of {', '.join(plan.mapped)} have no closed form for single samples, and a loss that is already "
@@ -144,11 +149,13 @@ def closed_loss_sq_norm(
     return closed_param_sq_norm(recording, gradients, plan, batch_size, group_size, total.device)
 
 
-def batch_param_sq_norm(f: Tensor, parameters: Sequence[Tensor], *, create_graph: bool = True) -> Tensor:
-    """‖∇_θ mean_i f_i‖²: shape (1,)."""
+def batch_param_sq_norm(
+    f: Tensor, parameters: Sequence[Tensor], *, create_graph: bool = True, walk: GraphWalk | None = None
+) -> Tensor:
+    """‖∇_θ mean_i f_i‖²: shape (1,). `walk` is that of the graph of f, if it is known."""
     check_differentiable(f)
     if not torch.compiler.is_compiling():
-        _check_nothing_hidden(walk_graph(f))
+        _check_nothing_hidden(walk or walk_graph(f))
     gradients = differentiate(f.mean(), list(parameters), create_graph=create_graph)
     found = [gradient for gradient in gradients if gradient is not None]
     return total_sq_norm(found).reshape(1) if found else f.new_zeros(1)
@@ -156,7 +163,7 @@ def batch_param_sq_norm(f: Tensor, parameters: Sequence[Tensor], *, create_graph
 
 def _check_nothing_hidden(walk: GraphWalk) -> None:
     """What a reentrant checkpoint holds is no part of the graph: its gradients would count as 0."""
-    if any(type(node).__name__ == "CheckpointFunctionBackward" for node in walk.nodes):
+    if "CheckpointFunctionBackward" in walk.kinds:
         raise RuntimeError(
             "expected parameters that torch.autograd.grad can reach, but torch.utils.checkpoint.checkpoint(…, "
             "use_reentrant=True) hides those that it was called on: pass use_reentrant=False"
@@ -176,13 +183,15 @@ def closed_param_sq_norm(
     parts = []
     for start, stop, size in ((0, whole, group_size), (whole, batch_size, batch_size - whole)):
         if start < stop:
-            calls = {index: _rows(recording.calls[index], start, stop) for index in gradients.deltas}
+            calls = {
+                index: _rows(recording.gate.without_aliases(recording.calls[index]), start, stop)
+                for index in gradients.deltas
+            }
             deltas = {index: _slice(delta, start, stop) for index, delta in gradients.deltas.items()}
             with full_precision(device):
                 sq_norms = _plan_sq_norms(calls, deltas, plan, size)
-            parts.append(
-                sum_tensors(sq_norms) / size**2 if sq_norms else torch.zeros((stop - start) // size, device=device)
-            )
+            total = sum_tensors(sq_norms) if sq_norms else torch.zeros((stop - start) // size, device=device)
+            parts.append(total if size == 1 else total / size**2)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

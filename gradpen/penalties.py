@@ -88,6 +88,8 @@ class GradPenalty(nn.Module):
     def reduce(self, norms: GroupNorms) -> Tensor:
         """R: the mean over samples of ‖·‖², or of ‖·‖."""
         values = norms.sq_norms if self.squared else safe_sqrt(norms.sq_norms)
+        if norms.sizes is None:
+            return values.mean()
         return (values * norms.sizes).sum() / norms.sizes.sum()
 
     def get_extra_state(self) -> dict[str, int]:
@@ -338,10 +340,12 @@ class PenalizedLoss(nn.Module):
         data_loss = evaluated.data_loss
         if data_loss is None:
             data_loss = self._criterion.data_loss(evaluated.output, y)
-        values = {penalty.name: data_loss.new_zeros(()) for penalty in penalties}
-        loss = data_loss
-        for (penalty, factor), norms in zip(due, evaluated.norms, strict=True):
-            values[penalty.name] = penalty.reduce(norms)
+        values, loss, norms = {}, data_loss, iter(evaluated.norms)
+        for penalty, factor in zip(penalties, factors, strict=True):
+            if factor is None:
+                values[penalty.name] = data_loss.new_zeros(())
+                continue
+            values[penalty.name] = penalty.reduce(next(norms))
             loss = loss + factor * values[penalty.name]
         return PenalizedOutput(loss, data_loss, values, evaluated.output)
 

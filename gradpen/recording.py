@@ -151,7 +151,7 @@ class RngState(NamedTuple):
     @classmethod
     def capture(cls) -> RngState:
         """Read the state as it is now."""
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         return cls(torch.get_rng_state(), cuda)
 
     def restore(self) -> None:
@@ -202,6 +202,16 @@ class InputGate:
             _saved_tensors_are_hooked()
         ):  # a checkpoint runs F.linear again in the backward pass and compares what is saved
             return False
+        return self._is_alias(tensor)
+
+    def without_aliases(self, call: Call) -> Call:
+        """The call with an input that nothing is differentiated by, if that is an alias: ∂‖h‖²/∂x is wanted by nobody."""
+        if not (self._aliases and call.input.requires_grad and self._is_alias(call.input)):
+            return call
+        return call._replace(input=call.input.detach())
+
+    def _is_alias(self, tensor: Tensor) -> bool:
+        """Whether `tensor` is one of the aliases or a view of one."""
         node = tensor.grad_fn
         while node is not None and type(node).__name__ in _VIEW_NODES:
             node = node.next_functions[0][0]

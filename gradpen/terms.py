@@ -87,9 +87,11 @@ class ParamTerm:
             return batch_size
         return 1 if self.over == "sample" else min(int(self.over), batch_size)
 
-    def group_sizes(self, batch_size: int, like: Tensor) -> Tensor:
-        """How many samples each group holds, the last one what is left: (groups,)."""
+    def group_sizes(self, batch_size: int, like: Tensor) -> Tensor | None:
+        """How many samples each group holds, the last one what is left: (groups,); None if all hold as many."""
         group_size = self.group_size(batch_size)
+        if batch_size % group_size == 0:
+            return None
         starts = torch.arange(0, batch_size, group_size, device=like.device)
         return (batch_size - starts).clamp(max=group_size).to(like.dtype)
 

@@ -137,7 +137,7 @@ def _group_norms(
 ) -> GroupNorms:
     if isinstance(term, InputTerm):
         sq_norms = _input_sq_norms(model, x, y, forward, term, criterion, f, rows)
-        return GroupNorms(sq_norms, torch.ones_like(sq_norms))
+        return GroupNorms(sq_norms)
     batch_size = f.shape[0]
     group_size = term.group_size(batch_size)
     if term.method == "finite_difference":
@@ -409,7 +409,7 @@ def _plan(model: nn.Module, x: Any, y: Any, forward: Recording, term: Term, crit
         return NO_PLAN
     mixed = _checked_mixed_calls(model, f, scalar, forward, deltas=True)
     parameters = select_parameters(model, term.parameters)
-    plan = param_norms.plan_parameters(forward, f, parameters, mixed, batch_size)
+    plan = param_norms.plan_parameters(forward, _graph.walk_graph(f), parameters, mixed, batch_size)
     if plan.mapped:
         _check_nothing_drawn(drawn, f"{', '.join(plan.mapped)} have no closed form for single samples")
         _check_mapped(model, x, f, scalar, {name: parameters[name] for name in plan.mapped}, group_size)
