@@ -23,6 +23,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning_cases import DATA, Plain
 from torch import nn
@@ -138,9 +139,8 @@ def run(module, callbacks, tmp_path, *, train=None, val=None, ckpt_path=None, **
         callbacks=callbacks,
         enable_progress_bar=False,
         enable_model_summary=False,
-        accelerator="cpu",
         log_every_n_steps=1,
-        **options,
+        **{"accelerator": "cpu"} | options,
     )
     train = DataLoader(DATA, 16, shuffle=True) if train is None else train
     trainer.fit(module, train, DataLoader(DATA, 16) if val is None else val, ckpt_path=ckpt_path)
@@ -193,6 +193,7 @@ CASES: dict[str, dict[str, Any]] = {
     "workers": {"loader_options": {"num_workers": 1}},
     "persistent_workers": {"loader_options": {"num_workers": 2, "persistent_workers": True}},
     "bf16": {"precision": "bf16-mixed"},
+    "fp16_and_scaler": {"plugins": lambda: [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]},
     "double": {"precision": "64-true"},
     "swa": {"more": lambda: [StochasticWeightAveraging(swa_lrs=1e-3, swa_epoch_start=1, annealing_epochs=1)]},
     "ema": {"more": lambda: [EMAWeightAveraging(decay=0.5)]},
@@ -206,10 +207,11 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_it_says_what_the_evaluation_says_and_changes_nothing(case, tmp_path):
     options = {"module_class": Noting, **CASES[case]}
-    more = options.pop("more", list)
-    alone = traces(callbacks=more(), tmp_path=tmp_path / "alone", **options)
+    more, plugins = options.pop("more", list), options.pop("plugins", list)
+    alone = traces(callbacks=more(), plugins=plugins(), tmp_path=tmp_path / "alone", **options)
     found, weights = InequalityMonitor(every_n_steps=5, at=[1], num_samples=16), Snapshots()
-    watched = traces(callbacks=[*more(), found, weights], tmp_path=tmp_path / "watched", **options)
+    callbacks = [*more(), found, weights]
+    watched = traces(callbacks=callbacks, plugins=plugins(), tmp_path=tmp_path / "watched", **options)
     for name, value in alone.items():
         assert watched[name] == value, name
     last = 8 if case == "accumulation_scheduled" else 6 if "accumulation" in case else 12
@@ -229,6 +231,16 @@ def test_all_names_are_kept_for_every_layer(tmp_path):
     for row in found.history:
         assert set(row) >= (NETWORK_NAMES if row["layer"] == "all" else LAYER_NAMES)
     assert {row["layer"] for row in found.history} == {"all", *LAYERS}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])
+def test_mixed_precision_on_a_gpu(precision, tmp_path):
+    found = InequalityMonitor(every_n_steps=5, num_samples=16)
+    run(Plain(), [found], tmp_path, accelerator="gpu", devices=1, precision=precision)
+    assert steps(found) == [0, 5, 10, 12]
+    assert all(row["violations"] == 0 and 0 < row["lhs"] <= row["rhs"] for row in whole(found))
 
 
 # --- schedule
