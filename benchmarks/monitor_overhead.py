@@ -101,7 +101,7 @@ def monitors(data: TensorDataset, steps: int) -> dict[str, Callable[[], Inequali
         "none": lambda: None,
         "economy": lambda: InequalityMonitor.economy(probe=probe(32)),
         "business (default)": lambda: InequalityMonitor.business(probe=probe(64)),
-        "45 checks, 128 samples": lambda: InequalityMonitor(steps // 40, at=(1, 3, 10, 30, 100), probe=probe(128)),
+        "as in the recipe": lambda: InequalityMonitor(steps // 30, at=(1, 3, 10, 30, 100), probe=probe(64)),
         "full": lambda: InequalityMonitor.full(probe=probe(256)),
     }
 
