@@ -25,7 +25,7 @@ from images import Images, Labelled, normalised
 from results import Summary
 from training import run
 
-# Chosen on the last 10,000 training images: see README.md.
+# Held-out accuracies of these and of other weights are in README.md.
 DEFAULT_WEIGHTS = {"input": (10.0, None), "param": (0.003, None), "both": (10.0, 0.003)}
 TORCHVISION: dict[str, tuple[str, type[MNIST], tuple[float, float]]] = {  # name, class, (mean, std) of its pixels
     "mnist": ("MNIST", MNIST, (0.1307, 0.3081)),
