@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -708,8 +709,13 @@ def test_dropout_masks_that_cannot_be_drawn_sample_by_sample(batch_first):
 
     model, (_, x, y, _) = cases.WithMathAttention(Encoder()).double(), cases.find("tokens").problem()
     state = torch.get_rng_state()
-    with pytest.warns(UserWarning, match="random numbers"):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
         actual = param_grad_sq_norm(model, x, y)
+    told = any("random numbers" in str(warning.message) for warning in seen)
+    assert (
+        told or torch.__version__ < "2.7"
+    )  # torch 2.6 draws the same mask sample by sample where the batch comes first
     torch.set_rng_state(state)
     losses = F.cross_entropy(model(x), y, reduction="none")
     check(actual, torch.stack([ref.sq_norm(ref.gradients(f, ref.trainable(model))) for f in losses]), model)
