@@ -80,7 +80,7 @@ def _with_matching(grid: Grid, costs: dict[Any, float]) -> Iterable[Planned]:
         for method in grid.methods_of(task):
             first = next(iter(grid.reporting(task, method, grid.candidates(task, method)[0])))
             of_methods[method] = _cost(first.run, costs)
-        plain = grid.candidates(task, BASELINE)[0]
+        plain = {**grid.candidates(task, BASELINE)[0], **task.get("report", {})}
         for planned in grid.matching(task, of_methods, plain):
             yield replace(planned, stage="matched", task=task_name(grid.settings, task))
 
