@@ -35,7 +35,7 @@ import compare  # noqa: E402
 import files  # noqa: E402
 import models  # noqa: E402
 import objectives  # noqa: E402
-from comparison import engines, estimate, grid, intervals, records, report, runs, sweep  # noqa: E402
+from comparison import engines, estimate, grid, intervals, records, report, results, runs, sweep  # noqa: E402
 from flags import UserError  # noqa: E402
 
 TINY = {
@@ -158,6 +158,19 @@ def test_records_hold_the_bound_over_training(unbroken: tuple[Path, list[sweep.D
     assert all(0 < row["lhs"] <= row["rhs"] for row in whole)
     for rungs in record["result"]["ladder"].values():
         assert 0 < rungs["frobenius"] < rungs["spectral"] <= rungs["joint"] * 1.001 <= 1.01
+
+
+def test_values_are_read_at_their_times() -> None:
+    planned = next(iter(tiny().reporting(tiny().tasks[0], "none", tiny().candidates(tiny().tasks[0], "none")[0])))
+    steps = {0: 5.0, 1: 7.0, 2: 2.0, 4: 8.0}  # an epoch has two
+    history = [{"layer": "all", "step": step, "lhs": value, "rhs": 0.0} for step, value in steps.items()]
+    record = {"status": "finished", "result": {"steps": 4}, "history": history}
+    one = results.Outcome(planned, record)
+    times = ("start", "epoch", "end", "from epoch to end")
+    assert [one.at(when, "lhs") for when in times] == pytest.approx([5, 2, 8, 4])
+    assert one.at("from epoch to end", "rhs") is None  # a geometric mean of zeros says nothing
+    diverged = results.Outcome(planned, {**record, "status": "diverged"})
+    assert [diverged.at(when, "lhs") for when in times] == [5, 2, None, None]
 
 
 def test_the_report_has_everything(unbroken: tuple[Path, list[sweep.Done]]) -> None:
@@ -528,6 +541,20 @@ def test_a_dry_run_estimates_what_is_left(
     assert sweeps.split()[-3:] == ["2", "0", f"{2 * (steps + 2):.2f}"]  # two runs with two ladders each
     compare.main(compare.CompareSettings(grid=str(file), out=str(unbroken[0]), dry_run=True))
     assert "0 runs are left: 0.00 hours" in capsys.readouterr().out
+
+
+def test_matched_compute_is_estimated_with_the_epochs_that_are_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = estimate.StepTimes(step=1.0, check=0.0, ladder=0.0)
+    monkeypatch.setattr(estimate, "measure", lambda settings, images: times)
+    methods = {"none": {}, "input": {"penalty": "input", "weight": 0.1}}
+    tasks = [{"train_size": 100, "epochs": 1, "report": {"epochs": 4}}]
+    with records.Records(tmp_path) as found:
+        described = tiny(methods=methods, tasks=tasks, sweeps=[], seeds=[1])
+        matched = estimate.estimates(described, found)[-1]
+    assert matched.stage == "matched"
+    assert matched.seconds == 2 * 4 * 2.5  # steps an epoch, epochs, and how many times as many
 
 
 def test_data_that_is_not_there_stops_a_sweep_before_it_starts(

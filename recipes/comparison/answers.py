@@ -13,6 +13,7 @@ from comparison.intervals import Interval, interval, paired, paired_ratio
 from comparison.results import Outcome, Results, amount, at_by_seed, by_seed
 from comparison.runs import NORMS
 
+WHEN = {"over training": "from epoch to end", "end": "end"}  # of question 3
 NOT_MEASURED = "Not measured: this grid has no runs for it."
 
 
@@ -183,26 +184,38 @@ def each_other(results: Results) -> Answer:
         "Does the parameter penalty shrink ‖∇_x f‖² without being told to, as the inequality suggests, and the reverse?",
         "ratios to training without penalty (same seed) at or above 1.",
     )
+    named = {"‖∇_x f‖²": ("input_grad_sq_norm", "param"), "‖∇_θ f‖²": ("param_grad_sq_norm", "input")}
     for task in results.tasks:
-        table = Table(("method", "‖∇_x f‖²", "‖∇_θ f‖²", "‖J‖_F² of the outputs"))
+        table = Table(("method", *(f"{name}, {when}" for name in named for when in WHEN), "‖J‖_F² of the outputs, end"))
         plain = results.of(task, BASELINE)
         for method in results.methods(task):
             if method == BASELINE:
                 continue
             runs = results.of(task, method)
-            ratios = [
-                paired_ratio(at_by_seed(runs, "end", name), at_by_seed(plain, "end", name))
-                for name in ("input_grad_sq_norm", "param_grad_sq_norm")
-            ]
-            ratios.append(paired_ratio(by_seed(runs, "geometric_complexity"), by_seed(plain, "geometric_complexity")))
-            table.rows.append((method, *map(_ratio, ratios)))
-            for name, ratio, told in (("‖∇_x f‖²", ratios[0], "param"), ("‖∇_θ f‖²", ratios[1], "input")):
-                if runs and runs[0].settings["penalty"] == told and ratio is not None:
-                    answer.findings.append(
-                        f"{task}. Under `{method}`, {name} after training is {_ratio(ratio)} × as large."
-                    )
+            complexity = paired_ratio(by_seed(runs, "geometric_complexity"), by_seed(plain, "geometric_complexity"))
+            ratios = {
+                name: [
+                    paired_ratio(at_by_seed(runs, when, column), at_by_seed(plain, when, column))
+                    for when in WHEN.values()
+                ]
+                for name, (column, _) in named.items()
+            }
+            table.rows.append(
+                (method, *(_ratio(one) for found in ratios.values() for one in found), _ratio(complexity))
+            )
+            for name, (_, told) in named.items():
+                if runs and runs[0].settings["penalty"] == told and None not in ratios[name]:
+                    mean, end = map(_ratio, ratios[name])
+                    said = f"{task}. Under `{method}`, {name} is {mean} × as large over training, {end} × at the end"
+                    beside = f"; ‖J‖_F² of the outputs {_ratio(complexity)} ×" if told == "param" else ""
+                    answer.findings.append(f"{said}{beside}.")
         answer.tables.append(
-            (f"{task}. After training, relative to {BASELINE}: geometric means over seeds [95 % interval].", table)
+            (
+                f"{task}. Relative to {BASELINE}: geometric means over seeds [95 % interval], of the checks from the first "
+                "epoch to the last, and of the last. Once the training images are fitted, gradients of their loss vanish, "
+                "and their ratios compare how well they are; those of the outputs do not.",
+                table,
+            )
         )
     if not answer.findings:
         answer.findings.append(NOT_MEASURED)

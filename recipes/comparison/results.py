@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,15 +64,23 @@ class Outcome:
         return list(dict.fromkeys(row["layer"] for row in self.history if row["layer"] != ALL_LAYERS))
 
     def at(self, when: str, name: str, layer: str = ALL_LAYERS) -> float | None:
-        """A value at the "start", after the first "epoch" or at the "end"; None if it was not measured."""
+        """A value at the "start", after the first "epoch" or at the "end", or its geometric mean "from epoch to end".
+
+        None if it was not measured.
+        """
         rows = self.rows(layer)
-        if not rows or (when == "end" and self.record["status"] != "finished"):
+        if not rows or (when.endswith("end") and self.record["status"] != "finished"):
             return None
-        if when == "epoch":
-            first_epoch = self.result["steps"] // self.settings["epochs"]
-            rows = [row for row in rows if row["step"] == first_epoch]
-            return rows[0][name] if rows else None
-        return rows[0 if when == "start" else -1][name]
+        first_epoch = self.result["steps"] // self.settings["epochs"]
+        match when:
+            case "start" | "end":
+                return rows[0 if when == "start" else -1][name]
+            case "epoch":
+                return next((row[name] for row in rows if row["step"] == first_epoch), None)
+            case "from epoch to end":
+                values = [row[name] for row in rows if row["step"] >= first_epoch]
+                return statistics.geometric_mean(values) if values and None not in values and min(values) > 0 else None
+        raise ValueError(f"no such time: {when!r}")
 
 
 class Results:
