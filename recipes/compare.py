@@ -5,7 +5,8 @@
     python recipes/compare.py --grid recipes/grids/mnist.yaml --data-dir data --jobs 8 --engine ray
 
 A sweep that was stopped, by whatever, goes on where it was when it is started again. Under --out it leaves runs/ (one record
-for each run), results.csv, report.md, report.html and figures/.
+for each run), results.csv, report.md, report.html and figures/. What was published goes on too: unpack its records.tar.xz
+into runs/ under --out.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from comparison.engines import Engine, Processes, Ray, in_this_process, threads_
 from comparison.estimate import estimates
 from comparison.grid import Grid, read_grid
 from comparison.records import Records
-from comparison.report import write_report
+from comparison.report import publish, write_report
 from comparison.runs import find_data
 from comparison.sweep import run_grid
 from flags import UserError, run_recipe
@@ -38,6 +39,7 @@ class CompareSettings:
         engine: processes on this machine, or Ray.
         ray_address: of a Ray cluster. Default: Ray on this machine.
         out: folder for records, tables and figures. Default: runs/compare-<name of the grid file>.
+        publish: also put the report, its figures and one archive of all records into this folder.
         dry_run: only say how long it would take.
     """
 
@@ -47,6 +49,7 @@ class CompareSettings:
     engine: Literal["processes", "ray"] = "processes"
     ray_address: str | None = None
     out: str | None = None
+    publish: str | None = None
     dry_run: bool = False
 
     def __post_init__(self) -> None:
@@ -75,6 +78,8 @@ def main(settings: CompareSettings) -> Path | None:
         with engine(settings) as make_runs:
             done = run_grid(grid, records, make_runs)
     write_report(out, grid, done)
+    if settings.publish is not None:
+        publish(out, Path(settings.publish), done)
     print(f"{out}/: report.html, report.md, results.csv, figures/")
     return out
 

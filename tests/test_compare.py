@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
@@ -101,6 +102,12 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[sweep
     return out, done
 
 
+def unpacked(published: Path, out: Path) -> None:
+    """Where a sweep finds the records that were published."""
+    with tarfile.open(published / "records.tar.xz") as archive:
+        archive.extractall(out / "runs", filter="data")
+
+
 # ---- a whole sweep --------------------------------------------------------------------------------------------------
 
 
@@ -182,7 +189,7 @@ def test_the_report_has_everything(unbroken: tuple[Path, list[sweep.Done]]) -> N
         float(row["gap"]) == float(row["train_accuracy"]) - float(row["test_accuracy"]) for row in rows if row["gap"]
     )
     text = (out / "report.md").read_text(encoding="utf-8")
-    assert re.findall(r"^## (\d)\. ", text, re.M) == list("1234567")
+    assert re.findall(r"^### (\d)\. ", text, re.M) == list("1234567")
     assert "not measured" not in text.lower()
     assert "nan" not in text.replace("no penalty", "")
     assert "scikit-learn digits (8×8, 1,797 images)" in text
@@ -193,6 +200,39 @@ def test_the_report_has_everything(unbroken: tuple[Path, list[sweep.Done]]) -> N
     sources = re.findall(r'(?:src|href)="([^"]*)"', page)
     assert len(sources) == len(report.FIGURES)
     assert all(source.startswith("data:image/png;base64,") for source in sources)
+
+
+def test_what_was_published_goes_on(
+    unbroken: tuple[Path, list[sweep.Done]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, done = unbroken
+    report.publish(out, tmp_path / "published", done)
+    unpacked(tmp_path / "published", tmp_path / "out")
+    assert written(tmp_path / "out" / "runs") == written(out / "runs")
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump({**TINY, "methods": {**TINY["methods"], "SAM": {"sam_radius": 0.05}}}))
+    made = []
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    monkeypatch.setattr(engines, "make", lambda run: made.append(run) or runs.make(run))
+    compare.main(compare.CompareSettings(grid=str(file), out=str(tmp_path / "out")))
+    assert [run.settings["sam_radius"] for run in made] == [0.05, 0.05]
+
+
+@pytest.mark.parametrize("published", sorted(ROOT.glob("docs/comparison/*/")), ids=lambda path: path.name)
+def test_the_published_reports_are_those_of_their_records(
+    published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *arguments, **options: None)  # which takes long
+    unpacked(published, tmp_path)
+    whole = compare.CompareSettings(grid=str(ROOT / "recipes" / "grids" / f"{published.name}.yaml"), out=str(tmp_path))
+    monkeypatch.setattr(runs, "load", lambda run: pytest.fail(f"no record of {run}"))
+    compare.main(whole)
+    for name in ("report.md", "results.csv"):
+        assert (tmp_path / name).read_text(encoding="utf-8") == (published / name).read_text(encoding="utf-8")
+    assert not any(
+        place in record["settings"] for record in written(tmp_path / "runs").values() for place in runs.PLACES
+    )
 
 
 def test_the_report_pairs_by_seed(unbroken: tuple[Path, list[sweep.Done]]) -> None:

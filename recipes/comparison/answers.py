@@ -54,6 +54,10 @@ def generalisation(results: Results) -> Answer:
         "Does each penalty improve generalisation, and by how much, at matched epochs and at matched compute?",
         "an interval of the paired difference that contains 0 or lies below it.",
     )
+    if len(results.tasks) > 1:
+        answer.tables.append(
+            ("Test accuracy, percent, ± half of the 95 % t-interval over seeds.", _accuracies(results))
+        )
     for task in results.tasks:
         best = results.best_baseline(task)
         table = Table(
@@ -69,6 +73,17 @@ def generalisation(results: Results) -> Answer:
         )
         answer.findings += _verdicts(task, {method: compared[method][1] for method in results.penalties(task)})
     return answer
+
+
+def _accuracies(results: Results) -> Table:
+    """Methods by data."""
+    methods = dict.fromkeys(method for task in results.tasks for method in results.methods(task, matched=True))
+    ordered = [method for method in results.grid.methods if method in methods]
+    table = Table(("method", *results.tasks))
+    for method in ordered + sorted(methods.keys() - set(ordered)):
+        accuracies = [_percent(by_seed(results.of(task, method), "test_accuracy")) for task in results.tasks]
+        table.rows.append((method, *(_plus_minus(interval(list(values.values()))) for values in accuracies)))
+    return table
 
 
 def _compare(
@@ -88,7 +103,9 @@ def _compare(
     bad = sum(one.result["collapsed"] or one.record["status"] == "diverged" for one in runs)
     row = (
         method,
-        amount(runs[0], next(iter(results.of(task, BASELINE)), None)) if runs else "–",
+        amount(runs[0], next(iter(results.of(task, BASELINE)), None), results.candidates(task, method))
+        if runs
+        else "–",
         str(len(runs)),
         _plus_minus(interval(list(accuracy.values()))),
         _plus_minus(interval(list(gaps.values()))),

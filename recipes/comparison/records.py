@@ -57,12 +57,16 @@ class Records:
 
     def put(self, run: Run, record: Record) -> None:
         """Write a record at once."""
-        text = json.dumps(finite(record), ensure_ascii=False, allow_nan=False)
         with written_whole(self._path(run)) as file:
-            file.write(text)
+            file.write(as_json(record))
 
     def _path(self, run: Run) -> Path:
         return self.folder / f"{run.key}.json"
+
+
+def as_json(record: Record) -> str:
+    """A record as it is kept."""
+    return json.dumps(finite(record), ensure_ascii=False, allow_nan=False)
 
 
 def finite(value: Any) -> Any:

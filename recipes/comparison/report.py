@@ -1,21 +1,27 @@
-"""results.csv, report.md, report.html and the figures of a comparison."""
+"""results.csv, report.md, report.html and the figures of a comparison, and what of it is published."""
 
 from __future__ import annotations
 
 import base64
 import shutil
-from collections.abc import Iterable
+import tarfile
+from collections.abc import Iterable, Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import markdown
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from comparison.answers import Table, answers
 from comparison.figures import FIGURES
-from comparison.grid import Grid
+from comparison.grid import Grid, task_name
+from comparison.records import as_json
 from comparison.results import Outcome, Results, write_csv
+from comparison.runs import PLACES
 from comparison.sweep import Done
 
+NOT_TRAINING = ("recipe", "dataset", "dataset_name", "checks", "probe_size")  # of the settings: said elsewhere
 TEMPLATES = Path(__file__).parent / "templates"
 DPI = 150
 
@@ -34,6 +40,28 @@ def write_report(out: Path, grid: Grid, done: Iterable[Done]) -> None:
     text = as_markdown(results, drawn)
     (out / "report.md").write_text(text, encoding="utf-8")
     (out / "report.html").write_text(as_page(grid.name, text, out), encoding="utf-8")
+
+
+def publish(out: Path, folder: Path, done: Iterable[Done]) -> None:
+    """Put a written report into a folder that can be shown to others, with the records behind it in one archive.
+
+    Args:
+        out: where `write_report` wrote.
+        folder: what an earlier report left there is replaced.
+        done: the runs of the report.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("report.md", "results.csv"):
+        shutil.copy(out / name, folder / name)
+    shutil.rmtree(folder / "figures", ignore_errors=True)
+    shutil.copytree(out / "figures", folder / "figures")
+    records = {one.record["key"]: one.record for one in done}
+    with tarfile.open(folder / "records.tar.xz", "w:xz") as archive:
+        for key, record in sorted(records.items()):
+            text = as_json(record).encode()
+            entry = tarfile.TarInfo(f"{key}.json")  # without times and owners: equal records make equal archives
+            entry.size = len(text)
+            archive.addfile(entry, BytesIO(text))
 
 
 def draw(results: Results, folder: Path) -> dict[str, str]:
@@ -75,16 +103,27 @@ def facts(results: Results) -> Table:
     machines = sorted({f"{one.result['machine']}, threads of a run: {one.result['threads']}" for one in finished})
     torches = sorted({one.result["torch"] for one in finished})
     diverged = sum(one.record["status"] == "diverged" for one in unique)
-    rows = [
+    rows: list[Sequence[str]] = [
         ("data", "; ".join(names)),
         ("runs", f"{len(unique)} ended, of them {diverged} diverged and "
                  f"{sum(one.result['collapsed'] for one in unique)} collapsed; {len(results.failed())} failed"),
         ("training time", f"{sum(one.result['seconds'] for one in unique) / 3600:.2f} hours, one run after the other"),
         ("machine", "; ".join(machines)),
         ("torch", "; ".join(torches)),
+        ("training", "; ".join(f"{name.replace('_', ' ')} {value}" for name, value in results.grid.settings.items()
+                               if name not in (*PLACES, *NOT_TRAINING))),
+        ("epochs", "; ".join(_epochs(results.grid, task) for task in results.grid.tasks)),
         ("seeds", f"{results.grid.choose_seed} chooses, {', '.join(map(str, results.grid.seeds))} are reported"),
     ]  # fmt: skip
     return Table(("", ""), rows)
+
+
+def _epochs(grid: Grid, task: Mapping[str, Any]) -> str:
+    """How long runs of a task take, and those by which its settings are chosen."""
+    chosen = {**grid.settings, **task}.get("epochs", "the recipe's")
+    reported = task.get("report", {}).get("epochs", chosen)
+    said = f"{task_name(grid.settings, task)}: {reported}"
+    return said if reported == chosen else f"{said} ({chosen} where settings are chosen)"
 
 
 def as_table(table: Table) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from comparison.grid import Grid, Planned
+from comparison.grid import Grid, Planned, task_name
 from comparison.runs import Record
 from gradpen.history import ALL_LAYERS, Row
 
@@ -124,6 +124,15 @@ class Results:
         """The methods that penalise gradients."""
         return [method for method in self.methods(task) if any(one.has_penalty for one in self.of(task, method))]
 
+    def candidates(self, task: str, method: str) -> list[dict[str, Any]]:
+        """What the settings of a method were chosen from."""
+        known = [one for one in self.grid.tasks if task_name(self.grid.settings, one) == task]
+        return (
+            [found for one in known for found in self.grid.candidates(one, method)]
+            if method in self.grid.methods
+            else []
+        )
+
     def best_baseline(self, task: str) -> str | None:
         """The usual regulariser with the best accuracy on validation images, in the runs that choose where there are any."""
         for stage in ("choose", "report"):
@@ -150,14 +159,16 @@ def at_by_seed(outcomes: Sequence[Outcome], when: str, name: str, layer: str = A
     return {seed: value for seed, value in values.items() if value is not None}
 
 
-def amount(outcome: Outcome, baseline: Outcome | None) -> str:
-    """How much of its method a run had: what it sets otherwise than the baseline."""
+def amount(outcome: Outcome, baseline: Outcome | None, candidates: Sequence[Mapping[str, Any]] = ()) -> str:
+    """How much of its method a run had: what it sets otherwise than the baseline, and whether more or less was tried."""
     plain = {} if baseline is None else baseline.settings
-    said = [
-        f"{name.replace('_', ' ')} {outcome.settings[name]:g}"
-        for name in AMOUNTS
-        if outcome.settings[name] and outcome.settings[name] != plain.get(name)
-    ]
+    said = []
+    for name in AMOUNTS:
+        value = outcome.settings[name]
+        if value and value != plain.get(name):
+            tried = {candidate[name] for candidate in candidates if name in candidate} | {value}
+            edges = {max(tried): " (largest tried)", min(tried): " (smallest tried)"} if len(tried) > 1 else {}
+            said.append(f"{name.replace('_', ' ')} {value:g}{edges.get(value, '')}")
     return ", ".join(said) or "–"
 
 

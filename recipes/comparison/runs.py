@@ -117,7 +117,7 @@ def make(run: Run) -> Record:
     record: Record = {
         "key": run.key,
         "recipe": run.recipe,
-        "settings": dict(run.settings),
+        "settings": {name: value for name, value in run.settings.items() if name not in PLACES},
         "reads_test": run.reads_test,
     }
     try:
