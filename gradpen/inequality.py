@@ -108,10 +108,10 @@ def evaluate_inequality(
         _checks.check_input_rows(recording.inputs, recording.output.shape[0])
         _check_finite(recording.output, *cotangents.directions)
         sides = both_sides(model, x, recording, cotangents, parameters, rng)
-        layers, excluded = layers_in_sum(model, recording, sides, parameters)
-        operators = jacobian_operators(recording, layers)
         settings = NormSettings(norm, method, delta, rtol, slack, memory_budget)
-        norms = layer_norms(layers, operators, settings)
+        with recording.gate.towards_inputs():
+            layers, excluded = layers_in_sum(model, recording, sides, parameters)
+            norms = layer_norms(layers, jacobian_operators(recording, layers), settings)
         return _assemble(layers, excluded, norms, sides, settings, name)
 
 

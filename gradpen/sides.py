@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from gradpen import gradients, mixing, param_norms
+from gradpen import closed_form, gradients, mixing, param_norms
+from gradpen._graph import walk_graph
 from gradpen._numerics import divide_or_zero, row_sq_norm, total_sq_norm, widest_float
 from gradpen.criteria import as_criterion, scalar_per_sample
+from gradpen.param_norms import ParameterPlan
 from gradpen.recording import Recording, RngState
 
 
@@ -80,19 +82,71 @@ def both_sides(
             return (output * direction).reshape(batch_size, -1).sum(1)
 
         f = scalar(output)
+        walk = walk_graph(f)
         found = gradients.sample_gradients(f.sum(), recording, inputs=True, deltas=True, create_graph=False)
-        mixed = mixing.find_mixed_calls(model, f, scalar, recording, found)
+        mixed = mixing.find_mixed_calls(model, f, scalar, recording, found, walk)
         input_gradients.append(torch.cat([gradient.reshape(batch_size, -1) for gradient in found.inputs], 1))
         deltas.append(found.deltas)
         sq_norms = param_norms.param_sq_norm(
-            model, x, f, scalar, recording, found, parameters, group_size=1, rng=rng, create_graph=False
+            model,
+            x,
+            f,
+            scalar,
+            recording,
+            found,
+            parameters,
+            group_size=1,
+            rng=rng,
+            create_graph=False,
+            walk=walk,
+            mixed_calls=mixed,
         )
         input_sq_norm = input_sq_norm + scale**2 * row_sq_norm(widest_float(input_gradients[-1]))
         param_sq_norm = param_sq_norm + scale**2 * widest_float(sq_norms.detach())
-        batch_sq_norm = batch_sq_norm + total_sq_norm(
-            mean_gradient(output, direction, scale, parameters, count=batch_size)
-        )
+        plan = param_norms.plan_parameters(recording, walk, parameters, mixed, batch_size)
+        dense, others = _dense_part(plan, recording, parameters)
+        batch_sq_norm = batch_sq_norm + _dense_mean_sq_norm(recording, found, scale, dense)
+        if others:
+            mean = mean_gradient(output, direction, scale, others, count=batch_size)
+            batch_sq_norm = batch_sq_norm + total_sq_norm(mean)
     return Sides(input_gradients, deltas, cotangents.scales, input_sq_norm, param_sq_norm, batch_sq_norm, mixed)
+
+
+def _dense_part(
+    plan: ParameterPlan, recording: Recording, parameters: Mapping[str, Tensor]
+) -> tuple[ParameterPlan, dict[str, Tensor]]:
+    """The parameters of dense layers that see one row a sample, and all others."""
+    dense = {
+        name: uses
+        for name, uses in plan.closed.items()
+        if all(closed_form.is_dense_row(recording.calls[index], 1) for index, _ in uses)
+    }
+    return ParameterPlan(dense, []), {name: p for name, p in parameters.items() if name not in dense}
+
+
+def _dense_mean_sq_norm(
+    recording: Recording, found: gradients.SampleGradients, scale: Tensor, plan: ParameterPlan
+) -> Tensor:
+    """‖∇_θ mean_i f_i‖² over the parameters of the plan: 0-dim, float64.
+
+    From products between samples, without a gradient of a weight's size; in float64, as they cancel where the mean is small.
+    """
+    used = {index for uses in plan.closed.values() for index, _ in uses}
+    deltas = {index: widest_float(found.deltas[index]) * scale.unsqueeze(1) for index in used}
+    calls = [
+        call._replace(input=widest_float(call.checked_input()), input_version=None) if index in used else call
+        for index, call in enumerate(recording.calls)
+    ]
+    batch_size = len(scale)
+    sq_norms = param_norms.closed_param_sq_norm(
+        replace(recording, calls=calls),
+        gradients.SampleGradients([], deltas),
+        plan,
+        batch_size,
+        batch_size,
+        scale.device,
+    )
+    return sq_norms.detach().sum()
 
 
 def mean_gradient(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 
@@ -151,15 +152,29 @@ def test_the_right_side_counts_all_parameters_of_any_model(case):
     assert (report.tightness <= 1 + 1e-9).all()
 
 
-@pytest.mark.parametrize("name", ["relu", "conv2d", "custom_parameter", "tokens_first"])
-def test_batch_gradient_and_noise(name):
-    case = cases.find(name)
+@pytest.mark.parametrize("case", cases.FLOAT_INPUT, ids=str)
+def test_batch_gradient_and_noise(case):
     model, x, y, criterion = case.problem()
     report = evaluate_inequality(model, x, y, criterion=criterion)
     batch = ref.param_grad_sq_norm(model, x, y, case.loss.row, group=cases.B)[0]
     ref.assert_close(report.batch_grad_sq_norm, batch)
     ref.assert_close(report.noise_trace, ref.param_grad_sq_norm(model, x, y, case.loss.row).mean() - batch)
     assert report.noise_trace > 0
+
+
+def test_gradients_that_cancel_in_the_mean():
+    """In float32: products between samples would lose a mean that is a thousandth of its terms."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 1))
+    x = torch.randn(8, 6)
+    y = model(x).detach() + torch.randn(8, 1)
+    x, y = torch.cat([x, x]), torch.cat([y, 2 * model(x).detach() - y + 1e-3])  # the errors of each pair almost cancel
+    single, double = (
+        evaluate_inequality(copy.deepcopy(model).to(t), x.to(t), y.to(t), criterion=nn.MSELoss())
+        for t in (torch.float32, torch.float64)
+    )
+    assert double.batch_grad_sq_norm < 1e-5 * double.rhs.mean()
+    assert single.batch_grad_sq_norm.item() == pytest.approx(double.batch_grad_sq_norm.item(), rel=1e-3)
 
 
 # ---- what the report says about itself ----------------------------------------------------------------------------------
