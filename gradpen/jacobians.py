@@ -137,34 +137,43 @@ def matrix_operator(weight: Tensor) -> JacobianOperator:
     return _shared_jacobian(weight, lambda u: (u @ weight) @ weight.T, weight.new_empty(()).expand(1, len(weight)))
 
 
-def stacked(operators: Sequence[JacobianOperator]) -> JacobianOperator:
-    """The samples of all operators as samples of one; rows are padded with zeros to the longest. It has no `vjp`."""
-    sizes = [len(operator.template) for operator in operators]
-    longest = max(operator.template.shape[1] for operator in operators)
+@dataclass(frozen=True)
+class OperatorStack:
+    """The samples of several operators as samples of one that has products with J Jᵀ alone.
 
-    def gram(u: Tensor) -> Tensor:
+    Rows are padded with zeros to the longest, and the operators may have different numbers of columns.
+    """
+
+    operators: Sequence[JacobianOperator]
+
+    @functools.cached_property
+    def sizes(self) -> list[int]:
+        """How many samples each operator has."""
+        return [len(operator.template) for operator in self.operators]
+
+    @property
+    def length(self) -> int:
+        """Of the longest row."""
+        return max(operator.template.shape[1] for operator in self.operators)
+
+    def gram(self, u: Tensor) -> Tensor:
+        """(ΣB, length) → (ΣB, length), u ↦ J Jᵀ u."""
         out = torch.zeros_like(u)
-        for operator, part, into in zip(operators, u.split(sizes), out.split(sizes), strict=True):
-            length = operator.template.shape[1]
-            into[:, :length] = operator.gram(part[:, :length])
+        for operator, part, into in zip(self.operators, u.split(self.sizes), out.split(self.sizes), strict=True):
+            rows = operator.template.shape[1]
+            into[:, :rows] = operator.gram(part[:, :rows])
         return out
 
-    def vjp(u: Tensor) -> Tensor:
-        raise NotImplementedError("the operators may have different numbers of columns")
-
-    def part(rows: Tensor) -> JacobianOperator:
-        ends = torch.tensor(sizes, device=rows.device).cumsum(0)
-        counts = torch.bucketize(rows, ends, right=True).bincount(minlength=len(sizes)).tolist()
+    def restricted(self, samples: Tensor) -> OperatorStack:
+        """The stack of some samples, given by rising indices."""
+        ends = torch.tensor(self.sizes, device=samples.device).cumsum(0)
+        counts = torch.bucketize(samples, ends, right=True).bincount(minlength=len(self.sizes)).tolist()
         found, first = [], 0
-        for operator, size, own in zip(operators, sizes, rows.split(counts), strict=True):
+        for operator, size, own in zip(self.operators, self.sizes, samples.split(counts), strict=True):
             if len(own):
                 found.append(operator if len(own) == size else operator.restricted(own - first))
             first += size
-        return stacked(found)
-
-    template = operators[0].template.new_empty(()).expand(sum(sizes), longest)
-    widest = max(operator.widest for operator in operators)
-    return JacobianOperator(gram, vjp, template, longest, widest, part)
+        return OperatorStack(found)
 
 
 def autograd_jacobian(output: Tensor, inputs: Sequence[Tensor]) -> JacobianOperator:

@@ -210,8 +210,8 @@ def _swept_norms(
 ) -> list[Bracket]:
     """One iteration for all samples of all operators."""
     sizes = [len(start) for start in starts]
-    whole = jacobians.stacked(operators)
-    start = torch.cat([F.pad(start, (0, whole.template.shape[1] - start.shape[1])) for start in starts])
+    whole = jacobians.OperatorStack(operators)
+    start = torch.cat([F.pad(start, (0, whole.length - start.shape[1])) for start in starts])
     delta = torch.tensor(deltas, dtype=torch.float64).repeat_interleave(torch.tensor(sizes)).to(widest_float(start[0]))
     bracket = spectral.lanczos_bracket(
         whole.gram, start, delta=delta, rtol=settings.rtol, restrict=lambda samples: whole.restricted(samples).gram
