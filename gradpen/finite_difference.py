@@ -173,12 +173,17 @@ class _Replay(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *sources: Tensor) -> Tensor:
-        ctx.gradients, ctx.sources = gradients, sources
+        ctx.save_for_backward(*gradients)  # autograd lets go of them after the backward pass, so that they need no copy
+        ctx.sources = sources
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = [gradient * grad_output for gradient in ctx.gradients]
+        scaled = list(ctx.saved_tensors)
+        if (
+            grad_output.device.type != "cpu" or grad_output != 1
+        ):  # another device would make the host wait for the answer
+            scaled = [gradient * grad_output for gradient in scaled]
         if torch.is_grad_enabled():  # create_graph=True: the gradients must not pass for constants
             scaled = [
                 _DerivedOnce.apply(gradient, source) for gradient, source in zip(scaled, ctx.sources, strict=True)

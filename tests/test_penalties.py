@@ -439,6 +439,20 @@ def test_a_kept_gradient_does_not_pass_for_a_constant(problem):
         gradient.sum().backward()
 
 
+def test_a_kept_gradient_is_handed_out_as_often_as_asked(problem):
+    model, x, y, _ = problem
+    once = ref.flat_gradient(F.cross_entropy(model(x), y), model)
+    loss = PenalizedLoss(F.cross_entropy, ParamGradPenalty(0.0))(model, x, y).loss
+    model.zero_grad()
+    for times in (1, 2):
+        loss.backward(retain_graph=True)
+        assert ref.relative_error(torch.cat([p.grad.flatten() for p in model.parameters()]), times * once) < 1e-12
+        for parameter in model.parameters():  # as clipping does: what is kept must not feel it
+            parameter.grad.mul_(1.0)
+    (3 * loss).backward()
+    assert ref.relative_error(torch.cat([p.grad.flatten() for p in model.parameters()]), 5 * once) < 1e-12
+
+
 def test_the_gradient_behind_an_input_that_is_trained(problem):
     """x computed from something trainable: the backward pass goes on from it."""
     model, x, y, _ = problem
