@@ -66,9 +66,9 @@ def accuracy_by_method(results: Results) -> Figure:
             axes.plot(single, [place] * len(single), "|", color=colour, alpha=0.5, markersize=7)
             if method == BASELINE:
                 axes.axvline(accuracy.mean, color="0.6", linewidth=1, linestyle="--", zorder=0)
-        axes.set(title=task, xlabel="test accuracy (%), mean and 95 % interval")
+        axes.set(title=task, xlabel="test accuracy (%)")
         axes.set_yticks(range(len(methods)), methods)
-    figure.set_figheight(max(figure.get_figheight(), 0.35 * _rows(len(panels)) * (3 + _most_methods(results))))
+    figure.set_figheight(max(figure.get_figheight(), 0.35 * _layout(len(panels))[0] * (3 + _most_methods(results))))
     return figure
 
 
@@ -181,13 +181,15 @@ def _figure(rows: int, columns: int, panel: tuple[float, float]) -> Figure:
     return Figure(figsize=(max(panel[0] * columns, 6), panel[1] * rows + 0.6), layout="constrained")
 
 
-def _rows(panels: int) -> int:
-    return -(-panels // COLUMNS)
+def _layout(panels: int) -> tuple[int, int]:
+    """Rows and columns, with as few empty places as there may be."""
+    columns = min(panels, 2 if panels == 4 else COLUMNS)
+    return -(-panels // columns), columns
 
 
 def _panels(tasks: Sequence[str]) -> tuple[Figure, list[tuple[str, Axes]]]:
     """One panel for each task."""
-    rows, columns = _rows(len(tasks)), min(len(tasks), COLUMNS)
+    rows, columns = _layout(len(tasks))
     figure = _figure(rows, columns, PANEL)
     grid = figure.subplots(rows, columns, squeeze=False)
     for unused in list(grid.flat)[len(tasks) :]:
