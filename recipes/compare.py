@@ -74,7 +74,7 @@ def main(settings: CompareSettings) -> Path | None:
             print(how_long(grid, records, settings.jobs))
             return None
         if settings.ray_address is None:  # a cluster has the data where it runs
-            find_data(planned.run for planned in grid.every_run() if records.get(planned.run) is None)
+            find_data(planned.run for planned in grid.every_run(records) if records.get(planned.run) is None)
         with engine(settings) as make_runs:
             done = run_grid(grid, records, make_runs)
     write_report(out, grid, done)

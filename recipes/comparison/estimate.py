@@ -48,11 +48,11 @@ class Estimate:
 
 
 def estimates(grid: Grid, records: Records) -> list[Estimate]:
-    """What is still to be done, by stage and task, as if the first candidate were chosen everywhere."""
+    """What is still to be done, by stage and task; where nothing is chosen yet, as if the first candidate were."""
     measured: dict[Any, StepTimes] = {}
     costs: dict[Any, float] = {}
     groups: dict[tuple[str, str], dict[str, tuple[Run, bool, float]]] = {}
-    for planned in _with_matching(grid, costs):
+    for planned in _with_matching(grid, records, costs):
         run = planned.run
         made = records.get(run) is not None
         seconds = 0.0 if made else seconds_of(run, _step_times(run, measured), _cost(run, costs))
@@ -73,8 +73,8 @@ def seconds_of(run: Run, times: StepTimes, cost: float) -> float:
     return steps * times.step * cost + looks
 
 
-def _with_matching(grid: Grid, costs: dict[Any, float]) -> Iterable[Planned]:
-    yield from grid.every_run()
+def _with_matching(grid: Grid, records: Records, costs: dict[Any, float]) -> Iterable[Planned]:
+    yield from grid.every_run(records)
     for task in grid.tasks:
         of_methods = {}
         for method in grid.methods_of(task):

@@ -114,12 +114,13 @@ class Grid:
         for planned in self.every_run():
             planned.run.full_settings()
 
-    def every_run(self) -> Iterator[Planned]:
-        """All runs, as if the first candidate were chosen everywhere; without those of matched compute."""
+    def every_run(self, records: Records | None = None) -> Iterator[Planned]:
+        """All runs but those of matched compute, with what the records choose so far, or the first candidate."""
         yield from self.choosing()
         for task in self.tasks:
             for method in self.methods_of(task):
-                yield from self.reporting(task, method, self.candidates(task, method)[0])
+                chosen = None if records is None else self.chosen(task, method, records)
+                yield from self.reporting(task, method, chosen or self.candidates(task, method)[0])
         yield from self.sweeping()
 
     def methods_of(self, task: Values) -> list[str]:
