@@ -31,7 +31,7 @@ def accuracy_against_tightness(results: Results) -> Figure:
             axes.scatter(
                 *_columns(points), s=26, color=colour, alpha=0.8, label=method, edgecolor="white", linewidth=0.5
             )
-        axes.set(title=task, xlabel="tightness after training (left / right)", ylabel="test accuracy (%)")
+        axes.set(xlabel="tightness after training (left / right)", ylabel="test accuracy (%)")
     _legend(figure, [axes for _, axes in panels])
     return figure
 
@@ -66,7 +66,7 @@ def accuracy_by_method(results: Results) -> Figure:
             axes.plot(single, [place] * len(single), "|", color=colour, alpha=0.5, markersize=7)
             if method == BASELINE:
                 axes.axvline(accuracy.mean, color="0.6", linewidth=1, linestyle="--", zorder=0)
-        axes.set(title=task, xlabel="test accuracy (%)")
+        axes.set(xlabel="test accuracy (%)")
         axes.set_yticks(range(len(methods)), methods)
     figure.set_figheight(max(figure.get_figheight(), 0.35 * _layout(len(panels))[0] * (3 + _most_methods(results))))
     return figure
@@ -88,7 +88,7 @@ def gap_against_sides(results: Results) -> Figure:
             axes.set(xlabel=label, ylabel="train − test (points)")
             _log(axes, "x")
             _dress(axes)
-        grid[0, column].set_title(task)
+        grid[0, column].set_title(task, fontsize="medium")
     _legend(figure, list(grid.flat))
     return figure
 
@@ -117,7 +117,7 @@ def tightness_ladder(results: Results) -> Figure:
         starts = [one.result["ladder"]["start"] for one in results.of(task, BASELINE)]
         if starts:
             axes.plot(NORMS, _mean_rungs(starts), color="0.4", linestyle="--", marker="s", label="at initialisation")
-        axes.set(title=task, ylabel="tightness (left / right)")
+        axes.set(ylabel="tightness (left / right)")
         _log(axes, "y")
         axes.margins(x=0.15)
     _legend(figure, [axes for _, axes in panels])
@@ -195,7 +195,8 @@ def _panels(tasks: Sequence[str]) -> tuple[Figure, list[tuple[str, Axes]]]:
     for unused in list(grid.flat)[len(tasks) :]:
         unused.set_axis_off()
     panels = list(zip(tasks, grid.flat, strict=False))
-    for _, axes in panels:
+    for task, axes in panels:
+        axes.set_title(task, fontsize="medium")
         _dress(axes)
     return figure, panels
 
