@@ -235,6 +235,14 @@ def test_the_published_reports_are_those_of_their_records(
     )
 
 
+@pytest.mark.parametrize("page", ["README.md", "recipes/README.md", "docs/comparison.md"])
+def test_pages_quote_the_published_reports(page: str) -> None:
+    reported = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("docs/comparison/*/report.md"))
+    quoted = re.findall(r"[+−]?\d+\.\d\d ± \d+\.\d\d", (ROOT / page).read_text(encoding="utf-8"))
+    assert len(quoted) > 20
+    assert not [one for one in quoted if one.replace("−", "-") not in reported]
+
+
 def test_the_report_pairs_by_seed(unbroken: tuple[Path, list[sweep.Done]]) -> None:
     out, done = unbroken
     accuracy = {
