@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
-import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from itertools import pairwise
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from workload import ImageSet, mlp
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "mnist.py"
 EPOCHS = 20  # the recipe's default, and with it the share of the checks
 BATCH_SIZE = 128
 LR = 1e-3
+POLL_SECONDS = 0.005
 
 
 class BareLoop:
     """MLP, AdamW, one cycle, accuracy; the data on tensors, as in the recipe."""
 
-    def __init__(self, images: ImageSet, epochs: int) -> None:
+    def __init__(self, images: ImageSet) -> None:
         torch.manual_seed(0)
         self.x, self.y = images.x, images.y
         self.model = mlp([784, 512, 512, 10])
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LR, weight_decay=0.0)
-        steps = epochs * -(-len(self.y) // BATCH_SIZE)
+        steps = EPOCHS * -(-len(self.y) // BATCH_SIZE)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, max_lr=LR, total_steps=steps)
 
     def epoch(self) -> float:
@@ -47,34 +48,52 @@ class BareLoop:
         return float(correct) / len(self.y)
 
 
-def bare_epochs(loop: BareLoop, count: int) -> list[float]:
-    """Seconds of each of the next epochs."""
-    seconds = []
-    for _ in range(count):
-        start = time.perf_counter()
-        loop.epoch()
-        seconds.append(time.perf_counter() - start)
-    return seconds
+def epochs_in_turn(loop: BareLoop, data_dir: Path, advance: Callable[[float], object]) -> list[tuple[float, float]]:
+    """Run the recipe as a user does; after every epoch it is halted while the bare loop goes through one.
 
+    The machine's speed may be another one a minute later, so the two are compared epoch by epoch.
 
-def recipe_epochs(data_dir: Path, epochs: int, threads: int) -> tuple[list[float], float]:
-    """Run the recipe as a user does.
+    Args:
+        loop: takes an epoch for every one of the recipe's.
+        data_dir: where MNIST/raw is.
+        advance: called after every epoch with the share that is done, to show progress.
 
     Returns:
-        Seconds from the end of each epoch to the end of the next, and of the whole training.
+        Seconds of the recipe's epochs, from the end of the one before, and of the bare loop's beside them.
 
     Raises:
         RuntimeError: with what the recipe printed, if it fails.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    pairs = []
+    with tempfile.TemporaryDirectory() as folder, (Path(folder) / "printed").open("w+", encoding="utf-8") as printed:
         command = [sys.executable, str(RECIPE), "--dataset", "mnist", "--data-dir", str(data_dir)]
-        command += ["--penalty", "none", "--accelerator", "cpu", "--epochs", str(epochs), "--out", folder]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"{RECIPE.name} failed: {done.stderr.strip()}")
-        events = EventAccumulator(str(Path(folder) / "tensorboard"))
-        events.Reload()
-        ends = [scalar.wall_time for scalar in events.Scalars("accuracy/train")]
-        summary = json.loads((Path(folder) / "summary.json").read_text(encoding="utf-8"))
-    return [end - start for start, end in pairwise(ends)], float(summary["seconds"])
+        command += ["--penalty", "none", "--accelerator", "cpu", "--epochs", str(EPOCHS), "--out", folder]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        with subprocess.Popen(command, env=environment, stdout=printed, stderr=subprocess.STDOUT) as recipe:
+            checkpoint = Path(folder) / "last.ckpt"  # written at the end of every epoch
+            _wait_for_change(recipe, checkpoint, None)  # the first epoch: there is no end of one before
+            for epoch in range(1, EPOCHS):
+                before = checkpoint.stat().st_mtime_ns
+                recipe.send_signal(signal.SIGSTOP)
+                try:
+                    bare = _seconds(loop.epoch)
+                finally:
+                    recipe.send_signal(signal.SIGCONT)
+                pairs.append((_seconds(partial(_wait_for_change, recipe, checkpoint, before)), bare))
+                advance(epoch / EPOCHS)
+        printed.seek(0)
+        if recipe.returncode:
+            raise RuntimeError(f"{RECIPE.name} failed: {printed.read().strip()}")
+    return pairs
+
+
+def _wait_for_change(process: subprocess.Popen[bytes], path: Path, before: int | None) -> None:
+    """Until the file is written anew, or the process has ended."""
+    while process.poll() is None and (not path.exists() or path.stat().st_mtime_ns == before):
+        time.sleep(POLL_SECONDS)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start

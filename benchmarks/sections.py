@@ -12,11 +12,12 @@ from typing import Any
 import growth
 import spectral_methods
 from agreement import check_agreement
+from breakdown import recorded, replay
 from contenders import BATCH_WEIGHT, INPUT_WEIGHT, PARAM_WEIGHT, Job, jobs, objective_step
 from cuda_steps import cuda_table
 from measure import CALLS, Timing, race, seconds_per_call, summarized
 from memory import MEGABYTE, peak_bytes, peak_of_fresh_step
-from recipe_epoch import EPOCHS, BareLoop, bare_epochs, recipe_epochs
+from recipe_epoch import BareLoop, epochs_in_turn
 from straight_line import plain_step
 from workload import ImageSet, Workload, floors, load_images, synthetic_workload, trained, workload_on
 
@@ -137,21 +138,15 @@ def monitor_row(setting: Setting, advance: Advance) -> Results:
 
 
 def recipe_row(setting: Setting, advance: Advance) -> Results:
-    """The MNIST recipe's epoch against a bare loop's, half of which runs before and half after the recipe."""
+    """The MNIST recipe's epochs against a bare loop's, in turn."""
     entry: Results = {"name": "recipes/mnist.py --penalty none", "who": "gradpen"}
     if setting.quick or setting.images.name != "MNIST":
         entry["reason"] = (
             "left out of the quick run" if setting.quick else f"not measured: no MNIST/raw in {setting.data_dir.name}/"
         )
     else:
-        loop = BareLoop(setting.images, EPOCHS)
-        bare = bare_epochs(loop, EPOCHS // 2)
-        advance(0.25)
-        epochs, whole = recipe_epochs(setting.data_dir, EPOCHS, setting.threads)
-        advance(0.75)
-        bare += bare_epochs(loop, EPOCHS - EPOCHS // 2)
-        unit = statistics.median(bare)
-        entry |= {**_numbers(summarized([(seconds / unit, seconds) for seconds in epochs])), "whole_seconds": whole}
+        pairs = epochs_in_turn(BareLoop(setting.images), setting.data_dir, advance)
+        entry |= _numbers(summarized([(seconds / bare, seconds) for seconds, bare in pairs]))
     return {"rows": [_row("recipe", "epoch of the MNIST recipe, in bare PyTorch epochs", 1.0, 1.3, [entry])]}
 
 
@@ -209,6 +204,29 @@ def growth_section(setting: Setting, advance: Advance) -> Results:
     return {"growth": found}
 
 
+def breakdown_section(setting: Setting, advance: Advance) -> Results:
+    """What of each step's time its matrix products take, and all its kernels; the rest is Python's and autograd's."""
+    plain = setting.work.copied()
+    steps = [("plain step", "plain", lambda: plain_step(plain))]
+    for job in jobs():
+        ours = next(contender for contender in job.contenders if contender.who == "gradpen")
+        steps.append((job.title, job.floor, ours.build(setting.work.copied())))
+    found = []
+    for number, (title, floor, step) in enumerate(steps):
+        calls = recorded(step)
+        parts = {"products": [call for call in calls if call.is_product], "kernels": calls}
+        timings = race(
+            lambda: plain_step(plain),
+            {"step": step, **{name: replay(part) for name, part in parts.items()}},
+            rounds=setting.rounds,
+            seconds=setting.seconds / 3,
+        )
+        alone = {name: timings[name].ratio / CALLS for name in parts}
+        found.append({"title": title, "floor": floors(setting.widths)[floor], **alone, "step": timings["step"].ratio})
+        advance((number + 1) / len(steps))
+    return {"breakdown": found}
+
+
 def cuda_section(setting: Setting, advance: Advance) -> Results:
     """None without a GPU."""
     return {"cuda": cuda_table(setting.work.copied())}
@@ -220,6 +238,7 @@ def _penalty_section(job: Job) -> Callable[[Setting, Advance], Results]:
 
 SECTIONS: dict[str, Callable[[Setting, Advance], Results]] = {
     **{job.key: _penalty_section(job) for job in jobs()},
+    "breakdown": breakdown_section,
     "check": spectral_rows,
     "monitor": monitor_row,
     "recipe": recipe_row,

@@ -14,6 +14,8 @@ def as_markdown(results: Results) -> str:
     parts = [_machine(results["machine"])]
     if "rows" in results:
         parts.append(_main_table(results["rows"]))
+    if "breakdown" in results:
+        parts.append(_breakdown_table(results["breakdown"]))
     if "spectral" in results:
         parts += [_spectral_table(state, points) for state, points in results["spectral"].items()]
     if "memory" in results:
@@ -59,6 +61,18 @@ def _figure(entry: Results) -> str:
     low, high = entry["quartiles"]
     number = f"**{ratio(entry['ratio'])}**" if entry["who"] == "gradpen" else ratio(entry["ratio"])
     return f"{number} ({ratio(low)} … {ratio(high)})" if entry["rounds"] > 1 else f"{number} (once)"
+
+
+def _breakdown_table(steps: list[Results]) -> str:
+    lines = [
+        [step["title"], f"{step['floor']:.2f}", *(ratio(step[part]) for part in ("products", "kernels", "step"))]
+        for step in steps
+    ]
+    return (
+        "**Where gradpen's time goes**, in plain steps: the matrix products and all kernels of the step called again, "
+        "without Python and autograd around them\n\n"
+        + table(["work", "floor", "matrix products alone", "all kernels alone", "the step"], lines)
+    )
 
 
 def _spectral_table(state: str, points: list[Results]) -> str:

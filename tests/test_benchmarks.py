@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 for needed in ("matplotlib", "rich", "sklearn", "tensorboard", "torchvision"):
     pytest.importorskip(needed, reason='the benchmarks need pip install "gradpen[bench]"')
@@ -16,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import agreement  # noqa: E402
+import breakdown  # noqa: E402
 import contenders  # noqa: E402
 import memory  # noqa: E402
 import run  # noqa: E402
@@ -87,6 +89,22 @@ def test_peak_memory_counts_what_lives_at_one_time():
     assert memory.peak_bytes(step) == pytest.approx(2e6, rel=0.01)
 
 
+def test_recorded_kernels_are_those_of_the_step(work):
+    def step():
+        work.model.zero_grad()
+        F.cross_entropy(work.model(work.x), work.y).backward()
+
+    calls = breakdown.recorded(step)
+    products = [call for call in calls if call.is_product]
+    assert (
+        len(products) == breakdown.CALLS * 8
+    )  # of three layers: forward, and backward for weights and for inputs but one
+    gradients = [parameter.grad.clone() for parameter in work.model.parameters()]
+    breakdown.replay(calls)()
+    for parameter, gradient in zip(work.model.parameters(), gradients, strict=True):
+        assert torch.equal(parameter.grad, gradient)
+
+
 def test_the_quick_run_has_every_row(tmp_path):
     threads = torch.get_num_threads()
     out = tmp_path / "quick.json"
@@ -102,10 +120,11 @@ def test_the_quick_run_has_every_row(tmp_path):
         assert any(entry["who"] == "gradpen" for entry in row["entries"])
     assert {point["series"] for point in results["growth"]} == {"batch", "width", "depth", "classes"}
     assert [step["name"] for step in results["memory"]["steps"]] == ["input", "param", "both", "batch"]
+    assert [step["title"] for step in results["breakdown"]] == ["plain step", *(job.title for job in JOBS)]
     assert (results["cuda"] is None) == (not torch.cuda.is_available())
     assert results["machine"]["quick"] and results["machine"]["images"].startswith("scikit-learn")
     tables_shown = sum(line.startswith("| --- |") for line in tables.as_markdown(results).splitlines())
-    assert tables_shown == 2 + 2 + 4 + (results["cuda"] is not None)  # rows, memory; spectral; growth; GPU
+    assert tables_shown == 3 + 2 + 4 + (results["cuda"] is not None)  # rows, breakdown, memory; spectral; growth; GPU
 
 
 def test_the_documentation_shows_the_published_numbers():
