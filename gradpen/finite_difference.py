@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gradpen._graph import differentiate, reached_around, walk_graph
+from gradpen._graph import GraphWalk, differentiate, reached_around, walk_graph
 from gradpen._numerics import divide_or_zero, row_sq_norm, total_sq_norm
 from gradpen.recording import call_with, float_tensors, map_floats
 
@@ -149,17 +149,22 @@ def _norm_with_gradient(norm: Tensor, quotient: Tensor) -> Tensor:
     return norm + (quotient - quotient.detach())
 
 
-def with_known_gradient(loss: Tensor, x: Any, along: Sequence[Any] = ()) -> KnownGradient:
+def with_known_gradient(
+    loss: Tensor, x: Any, along: Sequence[Any] = (), walk: GraphWalk | None = None
+) -> KnownGradient:
     """`loss` with its gradient computed now.
 
     Args:
         loss: 0-dim, with its graph.
         x: what the model was given; where it requires grad, the graph behind it is left to the later backward pass.
         along: other places of the graph at which the gradient is wanted; leaves among them get none of it later.
+        walk: that of the graph of `loss`, or of what it is the mean of, if it is known.
     """
     boundary = [tensor for tensor in float_tensors(x) if tensor.requires_grad]
     not_later = {id(place) for place in along}
-    walk = walk_graph(loss, stop_at=[tensor.grad_fn for tensor in boundary if tensor.grad_fn is not None])
+    behind = [tensor.grad_fn for tensor in boundary if tensor.grad_fn is not None]
+    if walk is None or behind:
+        walk = walk_graph(loss, stop_at=behind)
     leaves = [leaf for leaf in walk.leaves.values() if id(leaf) not in not_later]
     sources = list({id(tensor): tensor for tensor in (*leaves, *boundary)}.values())
     gradients = torch.autograd.grad(loss, [*sources, *along], retain_graph=True, allow_unused=True)
