@@ -419,6 +419,7 @@ def test_the_grids_in_the_repository_are_whole(path: Path) -> None:
         ({"methods": {"input": {"penalty": "input"}}}, "expected a method named none"),
         ({"seeds": [0, 1]}, "choose_seed 0 must not be among the seeds"),
         ({"matched_compute": "some"}, "matched_compute must be one of none, largest, each, got 'some'"),
+        ({"tasks": [{"matched_compute": "some"}]}, "matched_compute must be one of none, largest, each, got 'some'"),
         ({"methods": {"none": {}, "a": {"like": "b"}}}, "which must be a method that is not like another"),
         ({"methods": {"none": {"wait": 1}}}, r"recipes/mnist.py has no setting wait"),
         ({"tasks": [{"train_size": 5}, {"train_size": 5, "epochs": 2}]}, "tasks must have different names"),
@@ -463,7 +464,13 @@ def test_candidates_need_validation_images(tmp_path: Path) -> None:
 )
 def test_the_plain_baseline_gets_at_least_the_compute(matched: str, expected: dict[str, float]) -> None:
     costs = {"none": 1.0, "weight decay": 1.02, "input": 2.25, "param": 1.5}
-    assert tiny(matched_compute=matched).factors(costs) == expected
+    assert tiny(matched_compute=matched).factors(costs, {}) == expected
+    assert tiny(matched_compute="each").factors(costs, {"matched_compute": matched}) == expected
+
+
+def test_two_tasks_on_the_same_images_are_told_apart_by_name() -> None:
+    tasks = [{"train_size": 5}, {"name": "{data}, longer", "train_size": 5, "epochs": 9}]
+    assert {one.task for one in tiny(tasks=tasks, sweeps=[]).every_run()} == {"digits, 5 images", "digits, longer"}
 
 
 def test_what_is_reported_may_train_on_the_validation_images_too() -> None:

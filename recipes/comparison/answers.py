@@ -119,7 +119,7 @@ def _compare(
 def _matched(results: Results, task: str, method: str) -> str | None:
     """The plain baseline that was given as much compute as a method."""
     costs = {other: runs[0].result["cost"] for other in results.methods(task) if (runs := results.of(task, other))}
-    factor = results.grid.factors(costs).get(method)
+    factor = results.grid.factors(costs, results.described(task)).get(method)
     return None if factor is None else matched_name(factor)
 
 

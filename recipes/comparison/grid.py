@@ -3,14 +3,14 @@
 name: MNIST
 settings: {recipe: mnist, dataset: mnist, val_size: 10000}   # of all runs: flags of the recipe
 tasks:                                                        # data sets, sizes, epochs
-  - {train_size: 1000, epochs: 100}
+  - {train_size: 1000, epochs: 100}                           # name: "{data}, longer", where two would be called alike
 methods:                                                      # a list holds the candidates of the first stage
   none: {}
   input: {penalty: input, weight: [1, 3, 10]}
   input, every 4th step: {like: input, every_n_steps: 4}      # with what was chosen for the other
 choose_seed: 0
 seeds: [1, 2, 3, 4, 5]
-matched_compute: largest                                      # none | largest | each
+matched_compute: largest                                      # none | largest | each; a task may have its own
 sweeps:                                                       # every case with every seed, nothing is chosen
   - {question: 5, settings: {epochs: 5}, vary: {init: [default, he]}, seeds: [1, 2]}
   - {question: 6, settings: {optimizer: sgd}, cases: [{lr: 0.1, epochs: 10}, {lr: 0.2, epochs: 5}], seeds: [1]}
@@ -92,8 +92,9 @@ class Grid:
         if BASELINE not in self.methods:
             raise UserError(f"expected a method named {BASELINE}, which all others are compared with, got "
                             f"{', '.join(self.methods)}")  # fmt: skip
-        if self.matched_compute not in MATCHED:
-            raise UserError(f"matched_compute must be one of {', '.join(MATCHED)}, got {self.matched_compute!r}")
+        for matched in (self.matched_compute, *(task.get("matched_compute", "none") for task in self.tasks)):
+            if matched not in MATCHED:
+                raise UserError(f"matched_compute must be one of {', '.join(MATCHED)}, got {matched!r}")
         if self.choose_seed in self.seeds:
             raise UserError(f"choose_seed {self.choose_seed} must not be among the seeds that are reported, got "
                             f"{list(self.seeds)}")  # fmt: skip
@@ -180,21 +181,22 @@ class Grid:
 
     def matching(self, task: Values, costs: Mapping[str, float], settings: Values) -> Iterator[Planned]:
         """The plain baseline with as many times the epochs as the penalties cost."""
-        for factor in sorted(set(self.factors(costs).values())):
+        for factor in sorted(set(self.factors(costs, task).values())):
             longer = {**settings, "epochs": math.ceil(factor * settings["epochs"])}
             for seed in self.seeds:
                 yield _planned(longer, seed, "report", task_name(self.settings, task), matched_name(factor))
 
-    def factors(self, costs: Mapping[str, float]) -> dict[str, float]:
+    def factors(self, costs: Mapping[str, float], task: Values) -> dict[str, float]:
         """Method → how many times the epochs the plain baseline gets: its cost, rounded up to halves.
 
         A twentieth too little counts as enough. With "largest" every method is compared with a plain baseline that was given
         as much as the dearest of them.
         """
         rounded = {name: math.ceil(2 * cost - 0.1) / 2 for name, cost in costs.items() if cost > 1.05}
-        if self.matched_compute == "none" or not rounded:
+        matched = task.get("matched_compute", self.matched_compute)
+        if matched == "none" or not rounded:
             return {}
-        return rounded if self.matched_compute == "each" else dict.fromkeys(rounded, max(rounded.values()))
+        return rounded if matched == "each" else dict.fromkeys(rounded, max(rounded.values()))
 
     # -- sweeps -------------------------------------------------------------------------------------------------------
 
@@ -208,7 +210,7 @@ class Grid:
                     yield _planned(settings, seed, "sweep", f"sweep {number}", name, sweep.question)
 
 
-NOT_FLAGS = ("recipe", "name", "report", "only")
+NOT_FLAGS = ("recipe", "name", "report", "only", "matched_compute")
 
 
 def _planned(settings: Values, seed: int, stage: str, task: str, method: str, question: int = 0) -> Planned:
@@ -218,10 +220,10 @@ def _planned(settings: Values, seed: int, stage: str, task: str, method: str, qu
 
 
 def task_name(settings: Values, task: Values) -> str:
-    """What a task is called: its name, or the data and how many images of it."""
+    """What a task is called: its name, in which {data} stands for the data's, or the data and how many images of it."""
     merged = {**settings, **task, **task.get("report", {})}
     size = f"{merged['train_size']:,}" if merged.get("train_size") else "all"
-    return str(task.get("name", f"{data_name(merged)}, {size} images"))
+    return str(task.get("name", f"{{data}}, {size} images")).replace("{data}", data_name(merged))
 
 
 def matched_name(factor: float) -> str:

@@ -126,12 +126,11 @@ class Results:
 
     def candidates(self, task: str, method: str) -> list[dict[str, Any]]:
         """What the settings of a method were chosen from."""
-        known = [one for one in self.grid.tasks if task_name(self.grid.settings, one) == task]
-        return (
-            [found for one in known for found in self.grid.candidates(one, method)]
-            if method in self.grid.methods
-            else []
-        )
+        return self.grid.candidates(self.described(task), method) if method in self.grid.methods else []
+
+    def described(self, task: str) -> Mapping[str, Any]:
+        """What the grid says of a task."""
+        return next(one for one in self.grid.tasks if task_name(self.grid.settings, one) == task)
 
     def best_baseline(self, task: str) -> str | None:
         """The usual regulariser with the best accuracy on validation images, in the runs that choose where there are any."""
