@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -89,13 +89,15 @@ def penalty_row(job: Job, setting: Setting, advance: Advance) -> Results:
 
 def spectral_rows(setting: Setting, advance: Advance) -> Results:
     """Both rows about `evaluate_inequality`, and the points of the figure."""
-    nets = {"at initialisation": (setting.work, 25.0), "after an epoch": (trained(setting.work, setting.images), 15.0)}
+    targets = {"at initialisation": 25.0, "after an epoch": 15.0}
     rows, points = [], {}
-    for number, (state, (work, target)) in enumerate(nets.items()):
-        measured = _spectral_points(work, setting, lambda share, number=number: advance((number + share) / len(nets)))
+    for number, (state, work) in enumerate(_states(setting).items()):
+        measured = _spectral_points(
+            work, setting, lambda share, number=number: advance((number + share) / len(targets))
+        )
         points[state] = measured
         shown = [entry for entry in measured if entry["shown"]]
-        rows.append(_row(f"check_{number}", f"evaluate_inequality, {state}", None, target, shown))
+        rows.append(_row(f"check_{number}", f"evaluate_inequality, {state}", None, targets[state], shown))
     return {"rows": rows, "spectral": points}
 
 
@@ -207,10 +209,14 @@ def growth_section(setting: Setting, advance: Advance) -> Results:
 def breakdown_section(setting: Setting, advance: Advance) -> Results:
     """What of each step's time its matrix products take, and all its kernels; the rest is Python's and autograd's."""
     plain = setting.work.copied()
-    steps = [("plain step", "plain", lambda: plain_step(plain))]
+    floor_of = floors(setting.widths)
+    steps: list[tuple[str, float | None, Callable[[], object]]] = [("plain step", 1.0, lambda: plain_step(plain))]
     for job in jobs():
         ours = next(contender for contender in job.contenders if contender.who == "gradpen")
-        steps.append((job.title, job.floor, ours.build(setting.work.copied())))
+        steps.append((job.title, floor_of[job.floor], ours.build(setting.work.copied())))
+    for state, work in _states(setting).items():
+        check = partial(spectral_methods.bracketed_norms, work, 0.05, slack=False)
+        steps.append((f"evaluate_inequality, slack=False, {state}", None, check))
     found = []
     for number, (title, floor, step) in enumerate(steps):
         calls = recorded(step)
@@ -222,9 +228,14 @@ def breakdown_section(setting: Setting, advance: Advance) -> Results:
             seconds=setting.seconds / 3,
         )
         alone = {name: timings[name].ratio / CALLS for name in parts}
-        found.append({"title": title, "floor": floors(setting.widths)[floor], **alone, "step": timings["step"].ratio})
+        found.append({"title": title, "floor": floor, **alone, "step": timings["step"].ratio})
         advance((number + 1) / len(steps))
     return {"breakdown": found}
+
+
+def _states(setting: Setting) -> dict[str, Workload]:
+    """The nets whose inequality is evaluated."""
+    return {"at initialisation": setting.work, "after an epoch": trained(setting.work, setting.images)}
 
 
 def cuda_section(setting: Setting, advance: Advance) -> Results:

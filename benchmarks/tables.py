@@ -42,12 +42,15 @@ def _main_table(rows: list[Results]) -> str:
     lines = []
     for row in rows:
         groups = [[entry for entry in row["entries"] if entry["who"] == who] for who in WHO]
-        floor = "–" if row["floor"] is None else f"{row['floor']:.2f}"
         cells = [_entries(group, named=who != "straight line") for who, group in zip(WHO, groups, strict=True)]
-        lines.append([row["title"], floor, f"≤ {row['target']:g}", *cells])
+        lines.append([row["title"], _floor(row["floor"]), f"≤ {row['target']:g}", *cells])
     return "**Costs in plain steps** (median, and the quartiles)\n\n" + table(
         ["work", "floor", "target", *WHO.values()], lines
     )
+
+
+def _floor(floor: float | None) -> str:
+    return "–" if floor is None else f"{floor:.2f}"
 
 
 def _entries(entries: list[Results], *, named: bool) -> str:
@@ -65,7 +68,7 @@ def _figure(entry: Results) -> str:
 
 def _breakdown_table(steps: list[Results]) -> str:
     lines = [
-        [step["title"], f"{step['floor']:.2f}", *(ratio(step[part]) for part in ("products", "kernels", "step"))]
+        [step["title"], _floor(step["floor"]), *(ratio(step[part]) for part in ("products", "kernels", "step"))]
         for step in steps
     ]
     return (

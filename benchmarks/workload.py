@@ -104,7 +104,6 @@ def floors(widths: Sequence[int]) -> dict[str, float]:
     whole, first = sum(products), products[0]
     plain = 3 * whole - first
     steps = {
-        "plain": plain,
         "input": 6 * whole - first,
         "param": 6 * whole - 4 * first,
         "both": 6 * whole - first,
