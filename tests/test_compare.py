@@ -428,6 +428,7 @@ def test_the_grids_in_the_repository_are_whole(path: Path) -> None:
             {"tasks": [{"train_size": 5, "only": ["none", "input, every 2nd step"]}]},
             "'input, every 2nd step' is like 'input', which only must name too",
         ),
+        ({"tasks": [{"methods": {"inptu": {}}}]}, "methods of a task must be some that are compared on it, got inptu"),
         ({"settings": {"recipe": "mnist"}}, "give dataset a name, not auto"),
         ({"settings": {"recipe": "imagenet"}}, "recipe must be one of mnist, cifar"),
     ],
@@ -471,6 +472,16 @@ def test_the_plain_baseline_gets_at_least_the_compute(matched: str, expected: di
 def test_two_tasks_on_the_same_images_are_told_apart_by_name() -> None:
     tasks = [{"train_size": 5}, {"name": "{data}, longer", "train_size": 5, "epochs": 9}]
     assert {one.task for one in tiny(tasks=tasks, sweeps=[]).every_run()} == {"digits, 5 images", "digits, longer"}
+
+
+def test_a_task_may_have_candidates_of_its_own() -> None:
+    described = tiny(
+        tasks=[{"train_size": 5}, {"train_size": 6, "methods": {"input": {"weight": [7, 8, 9]}}}], sweeps=[]
+    )
+    weights = [[one["weight"] for one in described.candidates(task, "input")] for task in described.tasks]
+    assert weights == [[0.01, 0.1], [7, 8, 9]]
+    like = [one["weight"] for one in described.candidates(described.tasks[1], "input, every 2nd step")]
+    assert like == [7, 8, 9]
 
 
 def test_what_is_reported_may_train_on_the_validation_images_too() -> None:

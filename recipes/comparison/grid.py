@@ -4,6 +4,7 @@ name: MNIST
 settings: {recipe: mnist, dataset: mnist, val_size: 10000}   # of all runs: flags of the recipe
 tasks:                                                        # data sets, sizes, epochs
   - {train_size: 1000, epochs: 100}                           # name: "{data}, longer", where two would be called alike
+  - {train_size: 5000, only: [none, input], methods: {input: {weight: [0.3, 1]}}}   # candidates of its own
 methods:                                                      # a list holds the candidates of the first stage
   none: {}
   input: {penalty: input, weight: [1, 3, 10]}
@@ -109,6 +110,10 @@ class Grid:
             unknown = set(task.get("only", [BASELINE])) - set(self.methods)
             if unknown or BASELINE not in self.methods_of(task):
                 raise UserError(f"only must name methods of the grid, {BASELINE} among them, got {task['only']}")
+            if not task.get("methods", {}).keys() <= set(self.methods_of(task)):
+                raise UserError(
+                    f"methods of a task must be some that are compared on it, got {', '.join(task['methods'])}"
+                )
             for name in self.methods_of(task):
                 if self.methods[name].get("like", name) not in self.methods_of(task):
                     raise UserError(f"method {name!r} is like {self.methods[name]['like']!r}, which only must name too")
@@ -133,7 +138,7 @@ class Grid:
     def candidates(self, task: Values, method: str) -> list[dict[str, Any]]:
         """Every combination of the values that a task and a method list."""
         model = self.methods[method].get("like", method)
-        merged = {**self.settings, **task, **self.methods[model]}
+        merged = {**self.settings, **task, **self.methods[model], **task.get("methods", {}).get(model, {})}
         listed = {name: value for name, value in merged.items() if isinstance(value, list) and name not in NOT_FLAGS}
         own = {name: value for name, value in self.methods[method].items() if name != "like"} if model != method else {}
         return [{**merged, **dict(zip(listed, chosen, strict=True)), **own} for chosen in product(*listed.values())]
@@ -210,7 +215,7 @@ class Grid:
                     yield _planned(settings, seed, "sweep", f"sweep {number}", name, sweep.question)
 
 
-NOT_FLAGS = ("recipe", "name", "report", "only", "matched_compute")
+NOT_FLAGS = ("recipe", "name", "report", "only", "methods", "matched_compute")
 
 
 def _planned(settings: Values, seed: int, stage: str, task: str, method: str, question: int = 0) -> Planned:
