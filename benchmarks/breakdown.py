@@ -6,25 +6,24 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from measure import CALLS
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-WARM_UP = (
-    9  # steps: what is set up once is no part of a step, and gradpen looks for mixed samples in steps 1, 2, 3, 5, 9, …
-)
+WARM_UP = 9  # steps: gradpen looks for mixed samples in steps 1, 2, 3, 5, 9, …
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot"}
 
 
 class Call(NamedTuple):
     """One kernel and what it was given."""
 
-    kernel: Callable[..., object]
+    kernel: OpOverload
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
     @property
     def is_product(self) -> bool:
         """Whether the floor counts it."""
-        return self.kernel.overloadpacket.__name__ in PRODUCTS  # type: ignore[attr-defined]
+        return self.kernel.overloadpacket.__name__ in PRODUCTS
 
 
 class _Recorder(TorchDispatchMode):

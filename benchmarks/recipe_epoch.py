@@ -73,6 +73,8 @@ def epochs_in_turn(loop: BareLoop, data_dir: Path, advance: Callable[[float], ob
             checkpoint = Path(folder) / "last.ckpt"  # written at the end of every epoch
             _wait_for_change(recipe, checkpoint, None)  # the first epoch: there is no end of one before
             for epoch in range(1, EPOCHS):
+                if recipe.poll() is not None:
+                    break
                 before = checkpoint.stat().st_mtime_ns
                 recipe.send_signal(signal.SIGSTOP)
                 try:

@@ -96,13 +96,10 @@ def test_recorded_kernels_are_those_of_the_step(work):
 
     calls = breakdown.recorded(step)
     products = [call for call in calls if call.is_product]
-    assert (
-        len(products) == breakdown.CALLS * 8
-    )  # of three layers: forward, and backward for weights and for inputs but one
-    gradients = [parameter.grad.clone() for parameter in work.model.parameters()]
-    breakdown.replay(calls)()
-    for parameter, gradient in zip(work.model.parameters(), gradients, strict=True):
-        assert torch.equal(parameter.grad, gradient)
+    assert len(products) == breakdown.CALLS * 8  # three layers: forward, by weights, and by inputs but the first
+    with breakdown._Recorder() as again:
+        breakdown.replay(calls)()
+    assert [call.kernel for call in again.calls if call.is_product] == [call.kernel for call in products]
 
 
 def test_the_quick_run_has_every_row(tmp_path):

@@ -428,6 +428,7 @@ def test_the_grids_in_the_repository_are_whole(path: Path) -> None:
             {"tasks": [{"train_size": 5, "only": ["none", "input, every 2nd step"]}]},
             "'input, every 2nd step' is like 'input', which only must name too",
         ),
+        ({"tasks": [{"methods": {"input, every 2nd step": {}}}]}, "methods of a task must not be like another"),
         ({"tasks": [{"methods": {"inptu": {}}}]}, "methods of a task must be some that are compared on it, got inptu"),
         ({"settings": {"recipe": "mnist"}}, "give dataset a name, not auto"),
         ({"settings": {"recipe": "imagenet"}}, "recipe must be one of mnist, cifar"),

@@ -110,6 +110,8 @@ class Grid:
             unknown = set(task.get("only", [BASELINE])) - set(self.methods)
             if unknown or BASELINE not in self.methods_of(task):
                 raise UserError(f"only must name methods of the grid, {BASELINE} among them, got {task['only']}")
+            if any("like" in self.methods.get(name, {}) for name in task.get("methods", {})):
+                raise UserError(f"methods of a task must not be like another, got {', '.join(task['methods'])}")
             if not task.get("methods", {}).keys() <= set(self.methods_of(task)):
                 raise UserError(
                     f"methods of a task must be some that are compared on it, got {', '.join(task['methods'])}"
