@@ -1,4 +1,4 @@
-"""An epoch of the MNIST recipe beside a bare PyTorch loop that does the same."""
+"""An epoch of the MNIST recipe beside a bare PyTorch loop that does the same, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -8,94 +8,146 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import torch
-import torch.nn.functional as F
-from workload import ImageSet, mlp
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "mnist.py"
+HERE = Path(__file__).parent
 EPOCHS = 20  # the recipe's default, and with it the share of the checks
-BATCH_SIZE = 128
-LR = 1e-3
 POLL_SECONDS = 0.005
+KEEPS_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**25)}  # glibc's allocator
 
 
-class BareLoop:
-    """MLP, AdamW, one cycle, accuracy; the data on tensors, as in the recipe."""
+@dataclass(frozen=True)
+class Training:
+    """A command that replaces a checkpoint at the end of every epoch.
 
-    def __init__(self, images: ImageSet) -> None:
-        torch.manual_seed(0)
-        self.x, self.y = images.x, images.y
-        self.model = mlp([784, 512, 512, 10])
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LR, weight_decay=0.0)
-        steps = EPOCHS * -(-len(self.y) // BATCH_SIZE)
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, max_lr=LR, total_steps=steps)
+    Attributes:
+        command: to run.
+        checkpoint: which nothing but the end of an epoch changes.
+        environment: variables beside those of this process.
+    """
 
-    def epoch(self) -> float:
-        """Train on all images once; the share that was classified rightly."""
-        correct = torch.zeros((), dtype=torch.int64)
-        for index in torch.randperm(len(self.y)).split(BATCH_SIZE):
-            x, y = self.x[index], self.y[index]
-            self.optimizer.zero_grad()
-            logits = self.model(x)
-            F.cross_entropy(logits, y).backward()
-            self.optimizer.step()
-            self.schedule.step()
-            correct += (logits.detach().argmax(1) == y).sum()
-        return float(correct) / len(self.y)
+    command: list[str]
+    checkpoint: Path
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
-def epochs_in_turn(loop: BareLoop, data_dir: Path, advance: Callable[[float], object]) -> list[tuple[float, float]]:
-    """Run the recipe as a user does; after every epoch it is halted while the bare loop goes through one.
-
-    The machine's speed may be another one a minute later, so the two are compared epoch by epoch.
+class Halted:
+    """A training that is halted but for single epochs.
 
     Args:
-        loop: takes an epoch for every one of the recipe's.
-        data_dir: where MNIST/raw is.
-        advance: called after every epoch with the share that is done, to show progress.
-
-    Returns:
-        Seconds of the recipe's epochs, from the end of the one before, and of the bare loop's beside them.
+        training: is started, and halted at the end of its first epoch, of which nobody knows when it began.
+        printed: takes what the training prints.
 
     Raises:
-        RuntimeError: with what the recipe printed, if it fails.
+        RuntimeError: with what the training printed, if it fails; likewise by the methods.
     """
-    pairs = []
-    with tempfile.TemporaryDirectory() as folder, (Path(folder) / "printed").open("w+", encoding="utf-8") as printed:
-        command = [sys.executable, str(RECIPE), "--dataset", "mnist", "--data-dir", str(data_dir)]
-        command += ["--penalty", "none", "--accelerator", "cpu", "--epochs", str(EPOCHS), "--out", folder]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-        with subprocess.Popen(command, env=environment, stdout=printed, stderr=subprocess.STDOUT) as recipe:
-            checkpoint = Path(folder) / "last.ckpt"  # written at the end of every epoch
-            _wait_for_change(recipe, checkpoint, None)  # the first epoch: there is no end of one before
-            for epoch in range(1, EPOCHS):
-                if recipe.poll() is not None:
-                    break
-                before = checkpoint.stat().st_mtime_ns
-                recipe.send_signal(signal.SIGSTOP)
-                try:
-                    bare = _seconds(loop.epoch)
-                finally:
-                    recipe.send_signal(signal.SIGCONT)
-                pairs.append((_seconds(partial(_wait_for_change, recipe, checkpoint, before)), bare))
-                advance(epoch / EPOCHS)
-        printed.seek(0)
-        if recipe.returncode:
-            raise RuntimeError(f"{RECIPE.name} failed: {printed.read().strip()}")
-    return pairs
+
+    def __init__(self, training: Training, printed: IO[str]) -> None:
+        self.training = training
+        self.printed = printed
+        self.process = subprocess.Popen(
+            training.command, env={**os.environ, **training.environment}, stdout=printed, stderr=subprocess.STDOUT
+        )
+        self._until_saved(None)
+
+    def epoch(self) -> float:
+        """Go on to the end of the next epoch; the seconds that it took."""
+        before = self.training.checkpoint.stat().st_mtime_ns
+        start = time.perf_counter()
+        self.process.send_signal(signal.SIGCONT)
+        self._until_saved(before)
+        return time.perf_counter() - start
+
+    def finish(self) -> None:
+        """Go on to the end."""
+        self.process.send_signal(signal.SIGCONT)
+        self.process.wait()
+        self._expect_success()
+
+    def kill(self) -> None:
+        """End it, if it has not ended."""
+        self.process.kill()
+        self.process.wait()
+
+    def _until_saved(self, before: int | None) -> None:
+        checkpoint = self.training.checkpoint
+        while not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before:
+            if self.process.poll() is not None:
+                self._expect_success()
+                raise RuntimeError(f"{' '.join(self.training.command)} ended before its last epoch: {self._output()}")
+            time.sleep(POLL_SECONDS)
+        self.process.send_signal(signal.SIGSTOP)
+
+    def _expect_success(self) -> None:
+        if self.process.returncode:
+            raise RuntimeError(f"{' '.join(self.training.command)} failed: {self._output()}")
+
+    def _output(self) -> str:
+        self.printed.seek(0)
+        return self.printed.read().strip()
 
 
-def _wait_for_change(process: subprocess.Popen[bytes], path: Path, before: int | None) -> None:
-    """Until the file is written anew, or the process has ended."""
-    while process.poll() is None and (not path.exists() or path.stat().st_mtime_ns == before):
-        time.sleep(POLL_SECONDS)
+def epochs_in_turn(
+    trainings: Mapping[str, Training], epochs: int, advance: Callable[[float], object]
+) -> list[dict[str, float]]:
+    """Let one training after the other go through one epoch while the others are halted.
+
+    The machine's speed may be another one a minute later, so they are compared epoch by epoch.
+
+    Args:
+        trainings: by name.
+        epochs: of each of them.
+        advance: called after every round with the share that is done, to show progress.
+
+    Returns:
+        Seconds of each training's epochs, without the first.
+
+    Raises:
+        RuntimeError: with what a training printed, if it fails.
+    """
+    rounds = []
+    with ExitStack() as stack:
+        running = {}
+        for name, training in trainings.items():
+            printed = stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8"))
+            running[name] = Halted(training, printed)
+            stack.callback(running[name].kill)
+        names = list(running)
+        for epoch in range(1, epochs):
+            start = epoch % len(names)  # nobody always runs after the same other one
+            seconds = {name: running[name].epoch() for name in names[start:] + names[:start]}
+            rounds.append({name: seconds[name] for name in names})
+            advance(epoch / epochs)
+        for halted in running.values():
+            halted.finish()
+    return rounds
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+def recipe_and_bare_loops(data_dir: Path, folder: Path) -> dict[str, Training]:
+    """The recipe as a user runs it; a bare loop; and one whose allocator keeps what is freed.
+
+    Args:
+        data_dir: where MNIST/raw is.
+        folder: for their files.
+    """
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    common = ["--data-dir", str(data_dir), "--epochs", str(EPOCHS)]
+    recipe = [sys.executable, str(HERE.parent / "recipes" / "mnist.py"), *common]
+    recipe += ["--dataset", "mnist", "--penalty", "none", "--accelerator", "cpu", "--out", str(folder / "recipe")]
+
+    def bare(name: str, environment: Mapping[str, str]) -> Training:
+        checkpoint = folder / f"{name}.ckpt"
+        command = [sys.executable, str(HERE / "bare_loop.py"), *common, "--out", str(checkpoint)]
+        return Training(command, checkpoint, {**threads, **environment})
+
+    return {
+        "recipe": Training(recipe, folder / "recipe" / "last.ckpt", threads),
+        "bare": bare("bare", {}),
+        "bare, keeps memory": bare("keeps", KEEPS_MEMORY),
+    }

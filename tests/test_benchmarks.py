@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ import agreement  # noqa: E402
 import breakdown  # noqa: E402
 import contenders  # noqa: E402
 import memory  # noqa: E402
+import recipe_epoch  # noqa: E402
 import run  # noqa: E402
 import spectral_methods  # noqa: E402
 import straight_line  # noqa: E402
@@ -100,6 +102,54 @@ def test_recorded_kernels_are_those_of_the_step(work):
     with breakdown._Recorder() as again:
         breakdown.replay(calls)()
     assert [call.kernel for call in again.calls if call.is_product] == [call.kernel for call in products]
+
+
+def fake_training(folder, name, epochs, ending=""):
+    """Saves a checkpoint for every epoch, which takes 50 ms, and notes when it was at work."""
+    checkpoint, notes = folder / f"{name}.ckpt", folder / f"{name}.notes"
+    script = f"""
+import os, time
+for epoch in range({epochs}):
+    for _ in range(10):
+        time.sleep(0.005)
+        with open({str(notes)!r}, "a") as notes:
+            notes.write(f"{{time.monotonic()}}\\n")
+    with open({str(checkpoint)!r} + ".part", "w") as part:
+        part.write(str(epoch))
+    os.replace({str(checkpoint)!r} + ".part", {str(checkpoint)!r})
+{ending}
+"""
+    return recipe_epoch.Training([sys.executable, "-c", script], checkpoint), notes
+
+
+def test_trainings_take_turns(tmp_path):
+    """None is at work between two epochs of its own while another one goes through an epoch."""
+    trainings, notes = {}, {}
+    for name in ("one", "two", "three"):
+        trainings[name], notes[name] = fake_training(tmp_path, name, epochs=4)
+    shares = []
+    rounds = recipe_epoch.epochs_in_turn(trainings, 4, shares.append)
+    assert shares == [0.25, 0.5, 0.75]
+    assert [list(seconds) for seconds in rounds] == [["one", "two", "three"]] * 3
+    assert all(value > 0.04 for seconds in rounds for value in seconds.values())
+    work = {name: [float(line) for line in path.read_text().splitlines()] for name, path in notes.items()}
+    assert {len(times) for times in work.values()} == {40}
+    owners = [name for _, name in sorted((time, name) for name, times in work.items() for time in times[:39])]
+    changes = sum(first != second for first, second in pairwise(owners))
+    assert changes <= 3 * 3 + 3 * 2 + 3  # epochs in turn; a few notes more before a halt takes effect
+
+
+@pytest.mark.parametrize(("epochs", "ending"), [(0, "raise OSError('no disk')"), (2, "raise OSError('no disk')")])
+def test_a_training_that_fails_says_why(tmp_path, epochs, ending):
+    training, _ = fake_training(tmp_path, "failing", epochs, ending)
+    with pytest.raises(RuntimeError, match="no disk"):
+        recipe_epoch.epochs_in_turn({"failing": training}, 2, lambda share: None)
+
+
+def test_a_training_that_ends_too_early_is_an_error(tmp_path):
+    training, _ = fake_training(tmp_path, "short", epochs=2, ending="print('done')")
+    with pytest.raises(RuntimeError, match=r"(?s)before its last epoch: done"):
+        recipe_epoch.epochs_in_turn({"short": training}, 4, lambda share: None)
 
 
 def test_the_quick_run_has_every_row(tmp_path):
