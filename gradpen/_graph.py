@@ -64,17 +64,29 @@ def differentiate(
 ) -> tuple[Tensor | None, ...]:
     """`torch.autograd.grad` that keeps the graph and says None for what `outputs` does not depend on.
 
-    All derivatives that stay in a computation are taken here: a compiled graph has it as one node (`traced`).
+    Hooks on leaves do not run: they are meant for the gradients that training accumulates, which may be these, handed over
+    later. All derivatives that stay in a computation are taken here: a compiled graph has it as one node (`traced`).
     """
-    return torch.autograd.grad(
-        outputs,
-        inputs,
-        cotangents,
-        create_graph=create_graph,
-        retain_graph=True,
-        allow_unused=True,
-        is_grads_batched=batched,
-    )
+    hooked = [
+        (tensor, tensor._backward_hooks)
+        for tensor in inputs
+        if isinstance(tensor, Tensor) and tensor.is_leaf and tensor._backward_hooks
+    ]
+    for tensor, _ in hooked:
+        tensor._backward_hooks = None
+    try:
+        return torch.autograd.grad(
+            outputs,
+            inputs,
+            cotangents,
+            create_graph=create_graph,
+            retain_graph=True,
+            allow_unused=True,
+            is_grads_batched=batched,
+        )
+    finally:
+        for tensor, hooks in hooked:
+            tensor._backward_hooks = hooks
 
 
 def edge_of(tensor: Tensor) -> GradientEdge:

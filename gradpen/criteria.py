@@ -35,11 +35,17 @@ class Criterion:
             self.reduction in ("mean", "sum") and self._is(_MEANS | _WEIGHTED_MEANS)
         )
 
+    @property
+    def _divides_by_weights(self) -> bool:
+        """Whether its mean is divided by a sum of weights, not by the number of entries."""
+        weight = self.source.keywords.get("weight") if isinstance(self.source, partial) else None
+        return self._is(_WEIGHTED_MEANS) or (weight is not None and self._is(_MEANS_BY_WEIGHT))
+
     def over_mean(self, data_loss: Tensor, mean: Tensor, batch_size: int) -> float | Tensor:
         """The multiple that ``data_loss`` is of mean_i f_i, a constant to be multiplied by, if `follows_mean`."""
         if self.reduction == "sum":
             return float(batch_size)
-        if self._is(_WEIGHTED_MEANS):  # all f_i >= 0, so nothing cancels
+        if self._divides_by_weights:  # all f_i >= 0, so nothing cancels
             ratio = torch.where(mean > 0, data_loss / torch.where(mean > 0, mean, 1.0), 1.0).detach()
             without_weights = (ratio - 1).abs() <= 8 * torch.finfo(ratio.dtype).eps
             return torch.where(without_weights, 1.0, ratio)
@@ -91,6 +97,8 @@ _MEANS: frozenset[Any] = frozenset(
         *(nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss),
     }
 )
+# Those of them whose mean is divided by the sum of the weights, if there are weights of the entries.
+_MEANS_BY_WEIGHT: frozenset[Any] = frozenset({F.mse_loss, F.l1_loss})
 # Losses whose mean is divided by the weights of the classes, or by the number of targets that are not ignored.
 _WEIGHTED_MEANS: frozenset[Any] = frozenset({F.cross_entropy, nn.CrossEntropyLoss})
 

@@ -90,7 +90,7 @@ def _reason_to_exclude(
     if call.op == "conv":
         return "a convolution applies its weight at many positions, whose gradients can cancel"
     if call.op != "linear":
-        return f"{call.op or 'this embedding'} is no dense layer"
+        return f"{call.op or 'this embedding, or F.linear with a vector or a broadcast bias,'} is no dense layer"
     assert call.weight is not None
     if call.input.dim() != 2:
         return f"its input has shape {tuple(call.input.shape)}: it is applied to more than one row per sample"
@@ -103,7 +103,15 @@ def _reason_to_exclude(
         return "its weight and bias are frozen (or the bias is computed), so it has no term on either side"
     if any(edges[id(p)] > 1 for p in trainable):
         return "its weight or bias is used more than once, so their gradients are sums in which terms can cancel"
-    return None if call.input.requires_grad else "its input does not depend on x"
+    return None if _depends_on(call.input, recording.inputs) else "its input does not depend on x"
+
+
+def _depends_on(tensor: Tensor, inputs: Sequence[Tensor]) -> bool:
+    """Whether there is a path from an input to the tensor in the graph. That gradients vanish (dead units) shows nothing."""
+    if any(tensor is one for one in inputs):
+        return True
+    walk = walk_graph(tensor)
+    return any(id(one) in walk.leaves or one.grad_fn in walk.nodes for one in inputs)
 
 
 def _cut_graph(indices: Sequence[int], recording: Recording, sides: Sides) -> bool:

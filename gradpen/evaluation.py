@@ -18,7 +18,16 @@ from gradpen import _checks, finite_difference, gradients, mixing, param_norms
 from gradpen._graph import GraphWalk, edge_of, walk_graph
 from gradpen._numerics import sum_tensors
 from gradpen.criteria import Criterion, Scalar
-from gradpen.recording import Recording, RngState, call_with, float_tensors, map_tensors, record_forward
+from gradpen.recording import (
+    Recording,
+    RngState,
+    call_with,
+    copied_buffers,
+    float_tensors,
+    map_tensors,
+    record_forward,
+    tensors_of,
+)
 from gradpen.terms import InputTerm, ParamTerm, Term, select_parameters
 
 
@@ -44,7 +53,21 @@ class _Pass:
     model: nn.Module
     x: Any
     recording: Recording
-    rng: RngState  # before the forward pass
+    rng: RngState  # before the forward pass, as are the next two
+    buffers: dict[str, Tensor] | None = None  # None: nobody displaces anything
+    versions: tuple[int, ...] = ()  # of the tensors in x
+
+    def check_repeatable(self) -> None:
+        """A finite difference compares with a second forward pass, from the same x.
+
+        Raises:
+            RuntimeError: if the first one has changed x.
+        """
+        if self.versions != _versions(self.x):
+            raise RuntimeError(
+                "the model changes its input in place (`x += …`), so that a finite difference would compare its values at "
+                "two different inputs: replace the operation by an ordinary one (`x = x + …`)"
+            )
 
 
 @dataclass
@@ -65,6 +88,8 @@ class _ScalarGradients:
 
     @cached_property
     def gradients(self) -> gradients.SampleGradients:
+        if self.create_graph and (self.inputs or self.deltas):
+            _checks.check_derivable_twice(self.walk.kinds)
         return gradients.sample_gradients(
             self.f.sum(), self.recording, inputs=self.inputs, deltas=self.deltas, create_graph=self.create_graph
         )
@@ -118,14 +143,19 @@ def evaluate_terms(
     """
     kinds = [term for term, _ in terms]
     parameters = check_call(model, kinds)
-    rng = RngState.capture()
+    displaced = any(term.method == "finite_difference" for term in kinds)
+    rng = RngState.capture(torch_alone=not displaced)
+    buffers = copied_buffers(model) if displaced else None
+    versions = _versions(x)
     recording = record_forward(
         model,
         x,
         input_grad=any(isinstance(term, InputTerm) for term in kinds),
         calls=any(needs_deltas(term) for term in kinds),
     )
-    forward = _Pass(model, x, recording, rng)
+    forward = _Pass(model, x, recording, rng, buffers, versions)
+    if displaced:
+        forward.check_repeatable()
     scalars: dict[Any, _ScalarGradients] = {}
     for term, criterion in terms:
         new = _ScalarGradients(model, term.scalar(criterion, y), recording, create_graph)
@@ -197,6 +227,7 @@ def evaluate_loss_terms(
     """
     parameters = check_call(model, terms)
     _checks.check_input_rows(recording.inputs, batch_size)
+    _checks.check_derivable_twice(walk_graph(loss).kinds)
     total = loss * batch_size if reduction == "mean" else loss
     needed = [term for term in terms if isinstance(term, ParamTerm) or term.of == "loss"]
     found = gradients.SampleGradients([], {})
@@ -283,6 +314,7 @@ def _input_norms(forward: _Pass, scalar: _ScalarGradients, term: InputTerm) -> G
             scheme=term.scheme,
             step=term.step,
             replay=forward.rng.replayed,
+            buffers=forward.buffers,
         ).square()
     return GroupNorms(sq_norms)
 
@@ -290,7 +322,10 @@ def _input_norms(forward: _Pass, scalar: _ScalarGradients, term: InputTerm) -> G
 def _jacobian_sq_norm(model: nn.Module, recording: Recording, term: InputTerm) -> Tensor:
     """‖J_i‖_F² over all outputs of sample i: (B,)."""
     output = check_output(recording)
-    mixing.check_inputs_unmixed(model, generic_combination(output), generic_combination, recording)
+    combination = generic_combination(output)
+    walk = walk_graph(combination)
+    _checks.check_derivable_twice(walk.kinds)
+    mixing.check_inputs_unmixed(model, combination, generic_combination, recording, walk)
     if term.method == "exact":
         return gradients.jacobian_sq_norm(output, recording)
     return gradients.projected_jacobian_sq_norm(output, recording, term.num_projections, term.generator)
@@ -330,6 +365,8 @@ def _param_norms(
         norms = _finite_difference_norms(forward, scalar, term, criterion, y, parameters, known)
         return GroupNorms(norms.square(), sizes)
     if term.over == "batch":
+        if scalar.create_graph:
+            _checks.check_derivable_twice(scalar.walk.kinds)
         sq_norm = param_norms.batch_param_sq_norm(
             f, list(parameters.values()), create_graph=scalar.create_graph, walk=scalar.walk
         )
@@ -368,15 +405,16 @@ def _finite_difference_norms(
     group_size = term.group_size(batch_size)
     if group_size == batch_size:
         whole = known or finite_difference.with_known_gradient(scalar.f.mean(), forward.x)
-        groups = [(forward.x, whole, scalar.function, forward.rng)]
+        groups = [(forward.x, whole, scalar.function, forward.rng, forward.buffers)]
     else:
+        param_norms.check_rows((forward.x, y), batch_size)
         groups = []
         for start in range(0, batch_size, group_size):
             take_rows = itemgetter(slice(start, start + group_size))
             x_rows, y_rows = map_tensors(forward.x, take_rows), map_tensors(y, take_rows)
             rng, function = RngState.capture(), term.scalar(criterion, y_rows)
             loss = function(call_with(model, {}, x_rows)).mean()
-            groups.append((x_rows, finite_difference.with_known_gradient(loss, x_rows), function, rng))
+            groups.append((x_rows, finite_difference.with_known_gradient(loss, x_rows), function, rng, None))
     norms = [
         finite_difference.param_norm(
             model,
@@ -388,10 +426,16 @@ def _finite_difference_norms(
             scheme=term.scheme,
             step=term.step,
             replay=rng.replayed,
+            buffers=buffers,
         )
-        for x, known, function, rng in groups
+        for x, known, function, rng, buffers in groups
     ]
     return torch.stack(norms)
+
+
+def _versions(x: Any) -> tuple[int, ...]:
+    """How often each tensor was changed in place; tensors made in inference mode do not count."""
+    return tuple([tensor._version for tensor in tensors_of(x) if not tensor.is_inference()])
 
 
 def scalar_key(term: Term, criterion: Criterion) -> Any:

@@ -50,6 +50,7 @@ def input_norm(
     scheme: str,
     step: float,
     replay: Replay,
+    buffers: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """‖∇_x f_i‖, differentiable to first order: (B,).
 
@@ -62,6 +63,7 @@ def input_norm(
         scheme: "forward", "backward" or "central".
         step: length r of the displacement of every sample.
         replay: a context in which the random numbers of the forward pass that gave f are drawn again.
+        buffers: the model's before that pass, if not as they are now.
     """
     gradients = differentiate(f.sum(), list(inputs))
     found = [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, gradients, strict=True)]
@@ -72,7 +74,7 @@ def input_norm(
         given = float_tensors(x)  # as the user gave them: no gradient flows where none was asked for
         moved = iter([tensor + signed_step * u for tensor, u in zip(given, directions, strict=True)])
         with replay():
-            return scalar(call_with(model, {}, map_floats(x, lambda _: next(moved))))
+            return scalar(call_with(model, {}, map_floats(x, lambda _: next(moved)), buffers))
 
     return _norm_with_gradient(norm, _difference_quotient(displaced, f, scheme, step))
 
@@ -88,6 +90,7 @@ def param_norm(
     scheme: str,
     step: float,
     replay: Replay,
+    buffers: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """‖∇_θ L‖ for L = mean_i f_i, differentiable to first order: 0-dim.
 
@@ -101,6 +104,7 @@ def param_norm(
         scheme: "forward", "backward" or "central".
         step: length r of the displacement, so that ε = r/‖∇_θ L‖.
         replay: a context in which the random numbers of the forward pass that gave L are drawn again.
+        buffers: the model's before that pass, if not as they are now.
 
     Raises:
         RuntimeError: if L depends on a parameter that the model's forward pass is not alone to use.
@@ -112,16 +116,21 @@ def param_norm(
 
     def displaced(signed_step: float) -> Tensor:
         moved = {
-            name: torch.addcmul(parameters[name], gradient, (signed_step * inverse).to(gradient.dtype))
+            name: torch.addcmul(parameters[name], _dense(gradient), (signed_step * inverse).to(gradient.dtype))
             for name, gradient in gradients.items()
         }
         with replay():
-            value = scalar(call_with(model, moved, x)).mean()
+            value = scalar(call_with(model, moved, x, buffers)).mean()
         if not torch.compiler.is_compiling():
             _check_displaced(reached_around(value, parameters, list(moved.values())))
         return value
 
     return _norm_with_gradient(norm, _difference_quotient(displaced, loss, scheme, step))
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    """nn.Embedding(sparse=True) has sparse gradients."""
+    return gradient.to_dense() if gradient.is_sparse else gradient
 
 
 def _difference_quotient(displaced: Callable[[float], Tensor], here: Tensor, scheme: str, step: float) -> Tensor:
@@ -167,7 +176,8 @@ def with_known_gradient(
         walk = walk_graph(loss, stop_at=behind)
     leaves = [leaf for leaf in walk.leaves.values() if id(leaf) not in not_later]
     sources = list({id(tensor): tensor for tensor in (*leaves, *boundary)}.values())
-    gradients = torch.autograd.grad(loss, [*sources, *along], retain_graph=True, allow_unused=True)
+    places: list[Any] = [*sources, *along]
+    gradients = differentiate(loss, places)
     used = [(source, g) for source, g in zip(sources, gradients, strict=False) if g is not None]
     replayed = _Replay.apply(loss.detach(), [g for _, g in used], *(source for source, _ in used))
     return KnownGradient(replayed, {id(source): g for source, g in used}, list(gradients[len(sources) :]))

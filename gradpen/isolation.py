@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradpen.recording import RngState, map_tensors
 
@@ -18,14 +19,16 @@ from gradpen.recording import RngState, map_tensors
 def untouched(model: nn.Module) -> Iterator[None]:
     """Everything that a forward pass may change is put back, also after an exception.
 
-    Inside: gradients are on (also within ``torch.inference_mode``), autocast is off, compiled modules run eagerly.
-    Afterwards: train/eval flags, buffers (the very tensors, with their contents), and the random streams of torch (CPU
-    and CUDA), NumPy and Python are as before. ``.grad``, hooks and ``requires_grad`` are never touched.
+    Inside: gradients are on (also within ``torch.inference_mode``), autocast is off, compiled modules run eagerly, attention
+    runs in operations that can be differentiated twice. Afterwards: train/eval flags, buffers (the very tensors, with
+    their contents), embeddings with ``max_norm``, and the random streams of torch (CPU and CUDA), NumPy and Python are as
+    before. ``.grad``, hooks and ``requires_grad`` are never touched.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         for device_type in {tensor.device.type for tensor in model.parameters()}:
             stack.enter_context(torch.autocast(device_type, enabled=False))
         stack.enter_context(state_kept(model))
@@ -34,8 +37,13 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def state_kept(model: nn.Module) -> Iterator[None]:
-    """Train/eval flags, buffers and random streams are afterwards as before."""
+    """Train/eval flags, buffers, the weights of Embedding(max_norm=…), and random streams are afterwards as before."""
     training = {module: module.training for module in model.modules()}
+    renormed = [  # embeddings whose forward pass shortens rows of the weight in place
+        (module.weight, module.weight.detach().clone())
+        for module in model.modules()
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None
+    ]
     buffers = [
         (module, name, buffer)
         for module in model.modules()
@@ -52,6 +60,10 @@ def state_kept(model: nn.Module) -> Iterator[None]:
             module._buffers[name] = buffer
         for module, flag in training.items():
             module.training = flag
+        with torch.no_grad():
+            for weight, before in renormed:
+                if not torch.equal(weight, before):
+                    weight.copy_(before)
 
 
 @contextlib.contextmanager
@@ -60,15 +72,13 @@ def random_streams_kept(seed: int | None = None) -> Iterator[None]:
 
     Inside they go on from there, or start from `seed` if one is given.
     """
-    rng, numpy_state, python_state = RngState.capture(), np.random.get_state(), random.getstate()
+    rng = RngState.capture()
     try:
         if seed is not None:
             _seed_streams(seed)
         yield
     finally:
         rng.restore()
-        np.random.set_state(numpy_state)
-        random.setstate(python_state)
 
 
 def outside_inference(value: Any) -> Any:

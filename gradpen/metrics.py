@@ -277,7 +277,8 @@ class GeneralizationGap(WrapperMetric):
 def _geometric_complexity_update(model: nn.Module, x: Any) -> tuple[Tensor, Tensor]:
     """Sum of ‖∇_x F(x_i)‖_F² over a batch, and B."""
     with untouched(model):
-        return _sum_and_number(input_grad_sq_norm(model, outside_inference(x), of="output"))
+        values = input_grad_sq_norm(model, outside_inference(x), of="output").detach()
+    return values.sum(), torch.tensor(len(values), device=values.device)
 
 
 def _param_grad_sq_norm_update(
@@ -286,19 +287,15 @@ def _param_grad_sq_norm_update(
     """Sum of ‖∇_θ f_i‖² over a batch, and B."""
     with untouched(model):
         x, y = outside_inference(x), outside_inference(y)
-        return _sum_and_number(param_grad_sq_norm(model, x, y, criterion=criterion))
+        values = param_grad_sq_norm(model, x, y, criterion=criterion).detach()
+    return values.sum(), torch.tensor(len(values), device=values.device)
 
 
 def _inequality_tightness_update(
     model: nn.Module, x: Any, y: Any, criterion: Callable[..., Tensor], norm: str
 ) -> tuple[Tensor, Tensor]:
     """Sum of the tightness of a batch's samples where it is defined, and their number."""
-    return _sum_and_number(evaluate_inequality(model, x, y, criterion=criterion, norm=norm, slack=False).tightness)
-
-
-def _sum_and_number(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum and number of the entries that are defined."""
-    values = values.detach()
+    values = evaluate_inequality(model, x, y, criterion=criterion, norm=norm, slack=False).tightness.detach()
     return values.nansum(), (~values.isnan()).sum()
 
 

@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from gradpen import closed_form, mixing
@@ -122,7 +124,7 @@ def param_sq_norm(
         return closed
     mapped = {name: parameters[name] for name in plan.mapped}
     settled = not mixing.is_ambiguous(walk.kinds, recording, gradients, batch_size)
-    return closed + _mapped_sq_norm(model, x, f, scalar, mapped, group_size, rng, create_graph, settled)
+    return closed + _mapped_sq_norm(model, x, f, scalar, mapped, group_size, rng, create_graph, settled, walk)
 
 
 def closed_loss_sq_norm(
@@ -249,11 +251,12 @@ def _mapped_sq_norm(
     rng: RngState,
     create_graph: bool,
     settled: bool,
+    walk: GraphWalk,
 ) -> Tensor:
     """‖∇ mean_{i ∈ group} f_i‖² of parameters without a closed form, by torch.func.vmap or else in a loop: (groups,)."""
     batch_size = f.shape[0]
     check_rows(x, batch_size)
-    key = (model.training, tuple(parameters), group_size, tuple(_shapes(x)), mixing.code_of(scalar))
+    key = (walk.shape, model.training, tuple(parameters), group_size, tuple(_shapes(x)), mixing.code_of(scalar))
     try:
         with _inference_kernels_off():
             mapped = run_mapped(model, x, scalar, parameters, batch_size, group_size, rng.replayed)
@@ -318,20 +321,48 @@ def run_mapped(
         return tree_map_only(Tensor, lambda tensor: tensor.squeeze(0), output)
 
     in_dims = (0, map_leaves(x, lambda leaf: 0 if isinstance(leaf, Tensor) else None))
-    with replay():
+    with replay(), _PaddingOutside():
         output = torch.vmap(one_sample, in_dims, randomness="different")(by_sample, x)
     return Mapped(scalar(output), list(copies.values()), group_size)
 
 
+class _PaddingOutside(TorchFunctionMode):
+    """F.embedding with a padding row in operations that torch.vmap differentiates rightly.
+
+    It lays the samples' tables one behind the other and numbers their rows anew, all but `padding_idx`, so that from the
+    second sample on the padding row would get a gradient.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is not F.embedding:
+            return func(*args, **(kwargs or {}))
+        return _embedding(*args, **(kwargs or {}))
+
+
+def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
+    found = F.embedding(input, weight, None, *args, **kwargs)
+    if padding_idx is None:
+        return found
+    is_padding = (input == padding_idx % weight.shape[0]).unsqueeze(-1)
+    return torch.where(is_padding, found.detach(), found)
+
+
 def check_rows(x: Any, batch_size: int) -> None:
-    """A model can be run sample by sample if every input tensor has a row for each.
+    """A model can be run sample by sample if every tensor that it is given has a row for each.
 
     Raises:
         ValueError: if one has not.
     """
     if any(shape[:1] != (batch_size,) for shape in _shapes(x)):
         raise ValueError(
-            f"expected dimension 0 of every input tensor to count the {batch_size} samples, got shapes {_shapes(x)}"
+            "the model has to be run sample by sample, so dimension 0 of every tensor that is given to it (or to the "
+            f"criterion) is expected to count the {batch_size} samples, got shapes {_shapes(x)}"
         )
 
 
@@ -396,12 +427,6 @@ def _looped_sq_norm(f: Tensor, parameters: Sequence[Tensor], group_size: int, cr
     """‖∇ mean_{i ∈ group} f_i‖² by one backward pass for every group: (groups,)."""
     norms = []
     for group in f.split(group_size):
-        gradients = torch.autograd.grad(
-            group.mean(),
-            parameters,
-            create_graph=create_graph,
-            retain_graph=True,
-            allow_unused=True,
-        )
+        gradients = differentiate(group.mean(), parameters, create_graph=create_graph)
         norms.append(total_sq_norm([gradient for gradient in gradients if gradient is not None]))
     return torch.stack(norms)

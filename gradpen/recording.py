@@ -7,10 +7,12 @@ the very weight it used, so functional calls, reused, tied and parametrised weig
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -72,6 +74,7 @@ def record_forward(model: nn.Module, x: Any, *, input_grad: bool, calls: bool) -
 
     Raises:
         TypeError: if `input_grad` and no input is a floating-point tensor.
+        RuntimeError: if `input_grad` and the model changes its input in place.
     """
     fed = map_floats(x, requiring_grad) if input_grad else x
     inputs = float_tensors(fed)
@@ -84,9 +87,23 @@ def record_forward(model: nn.Module, x: Any, *, input_grad: bool, calls: bool) -
         return Recording(call_model(model, fed), inputs)
     given = {id(tensor) for tensor in float_tensors(x)}
     gate = InputGate([tensor for tensor in inputs if input_grad and id(tensor) not in given])
-    with CallRecorder(gate) as recorder:
+    with CallRecorder(gate) as recorder, _in_place_explained(input_grad):
         output = call_model(model, fed)
     return Recording(output, inputs, recorder.calls, gate)
+
+
+@contextlib.contextmanager
+def _in_place_explained(input_grad: bool) -> Iterator[None]:
+    """What PyTorch says of "leaf variables" means the input, which the user may never have asked to require grad."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not (input_grad and "leaf Variable that requires grad" in str(error) and "in-place" in str(error)):
+            raise
+        raise RuntimeError(
+            "the model changes its input in place (`x += …`, or nn.ReLU(inplace=True) as its first layer), so that the "
+            "values are lost at which its gradient is wanted: replace the operation by an ordinary one (`x = x + …`)"
+        ) from error
 
 
 def call_model(model: Callable[..., Any], x: Any) -> Any:
@@ -99,11 +116,14 @@ def call_model(model: Callable[..., Any], x: Any) -> Any:
 
 
 def map_leaves(x: Any, function: Callable[[Any], Any]) -> Any:
-    """Apply `function` to every leaf of an input (dicts and tuples are taken apart)."""
+    """Apply `function` to every leaf of an input (dicts, tuples, named or not, and lists are taken apart)."""
     if isinstance(x, Mapping):
         return {key: map_leaves(value, function) for key, value in x.items()}
     if isinstance(x, (tuple, list)):
-        return tuple(map_leaves(value, function) for value in x)
+        values = [map_leaves(value, function) for value in x]
+        if isinstance(x, list):
+            return values
+        return type(x)(*values) if hasattr(x, "_fields") else tuple(values)
     return function(x)
 
 
@@ -129,12 +149,21 @@ def float_tensors(x: Any) -> list[Tensor]:
     return [tensor for tensor in tensors_of(x) if tensor.is_floating_point()]
 
 
-def call_with(model: nn.Module, replaced: Mapping[str, Tensor], x: Any) -> Any:
+def copied_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Name → a copy of the buffer as it is now."""
+    return {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+def call_with(
+    model: nn.Module, replaced: Mapping[str, Tensor], x: Any, buffers: Mapping[str, Tensor] | None = None
+) -> Any:
     """``model(x)`` with other tensors in place of the named parameters, and copies in place of the buffers.
 
-    A second forward pass must not be counted twice in running statistics.
+    A second forward pass must not be counted twice in running statistics. To repeat a pass that updates what it depends on
+    (the power iteration of spectral_norm) it has to start from the buffers of then: `buffers`, instead of those of now.
     """
-    tensors = {name: buffer.clone() for name, buffer in model.named_buffers()} | dict(replaced)
+    copies = copied_buffers(model) if buffers is None else {name: buffer.clone() for name, buffer in buffers.items()}
+    tensors = copies | dict(replaced)
     if not tensors:
         return call_model(model, x)
     if isinstance(x, Mapping):
@@ -143,22 +172,28 @@ def call_with(model: nn.Module, replaced: Mapping[str, Tensor], x: Any) -> Any:
 
 
 class RngState(NamedTuple):
-    """The state of torch's generators, so that a second forward pass draws the same dropout masks."""
+    """The state of the generators, so that a second forward pass draws the same dropout masks and skips the same layers."""
 
     cpu: Tensor
     cuda: list[Tensor]
+    numpy: Any = None  # None: not read
+    python: Any = None
 
     @classmethod
-    def capture(cls) -> RngState:
-        """Read the state as it is now."""
+    def capture(cls, *, torch_alone: bool = False) -> RngState:
+        """Read the state as it is now: torch's generators, and those of NumPy and Python."""
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-        return cls(torch.get_rng_state(), cuda)
+        others = () if torch_alone else (np.random.get_state(), random.getstate())
+        return cls(torch.get_rng_state(), cuda, *others)
 
     def restore(self) -> None:
         """Put the generators back."""
         torch.set_rng_state(self.cpu)
         if self.cuda:
             torch.cuda.set_rng_state_all(self.cuda)
+        if self.python is not None:
+            np.random.set_state(self.numpy)
+            random.setstate(self.python)
 
     @contextlib.contextmanager
     def replayed(self) -> Iterator[None]:
@@ -197,6 +232,8 @@ class InputGate:
         if not (self._aliases and _graph.EDGES_KEEP_PYTHON_NODES):
             return False
         if torch.is_autocast_enabled(tensor.device.type):  # autocast would cast inside F.linear
+            return False
+        if torch._C._functorch.peek_interpreter_stack() is not None:  # torch.vmap within the model
             return False
         if (
             _saved_tensors_are_hooked()
@@ -284,8 +321,13 @@ class CallRecorder(TorchFunctionMode):
 _Arguments = tuple[str, Tensor, Tensor | None, Tensor | None, dict[str, Any]]
 
 
+# An op "" is one whose parameters have no closed form, and that is no dense layer.
+
+
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> _Arguments:
-    return "linear", input, weight, bias, {}
+    # F.linear takes a vector as weight, and a bias that it broadcasts over the outputs
+    dense = weight.dim() == 2 and (bias is None or bias.shape == weight.shape[:1])
+    return "linear" if dense else "", input, weight, bias, {}
 
 
 def _conv(
@@ -309,7 +351,7 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> _Arguments:
-    # gradients scaled by frequency in the batch are no sum over samples: "" is an op without a closed form
+    # gradients scaled by frequency in the batch are no sum over samples
     op = "" if scale_grad_by_freq else "embedding"
     return op, input, weight, None, dict(padding_idx=padding_idx)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gradpen import closed_form, gradients, mixing, param_norms
-from gradpen._graph import walk_graph
+from gradpen._graph import differentiate, walk_graph
 from gradpen._numerics import divide_or_zero, row_sq_norm, total_sq_norm, widest_float
 from gradpen.criteria import as_criterion, scalar_per_sample
 from gradpen.param_norms import ParameterPlan
@@ -154,7 +154,5 @@ def mean_gradient(
 ) -> list[Tensor]:
     """∇_θ of (1/count) Σ_i f_i along one direction, float64, for every parameter; 0 where f does not depend on it."""
     weighted = direction * (scale / count).to(output.dtype).reshape(-1, *[1] * (output.dim() - 1))
-    found = torch.autograd.grad(
-        output, list(parameters.values()), weighted, retain_graph=True, materialize_grads=True, allow_unused=True
-    )
-    return [widest_float(gradient) for gradient in found]
+    found = zip(parameters.values(), differentiate(output, list(parameters.values()), weighted), strict=True)
+    return [widest_float(torch.zeros_like(p) if gradient is None else gradient) for p, gradient in found]

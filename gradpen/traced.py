@@ -23,7 +23,7 @@ from gradpen import _checks, _graph, evaluation, finite_difference, gradients, m
 from gradpen.criteria import Criterion, scalar_per_sample
 from gradpen.evaluation import Evaluation, GroupNorms
 from gradpen.isolation import state_kept
-from gradpen.recording import Call, Recording, RngState, call_model, float_tensors, map_floats
+from gradpen.recording import Call, Recording, RngState, call_model, call_with, float_tensors, map_floats
 from gradpen.terms import InputTerm, ParamTerm, Term, select_parameters
 
 # put into the graph as they are: Dynamo refuses `torch.autograd.grad` and `requires_grad_`, the compiler behind it does not
@@ -329,6 +329,8 @@ def _known(
             model, x, input_grad=any(isinstance(term, InputTerm) for term in terms), calls=with_calls
         )
         drawn = not _same_state(rng, RngState.capture())
+        if any(term.method == "finite_difference" for term in terms) and not drawn:
+            _check_repeats(model, x, forward.output)
         plans = tuple(
             _plan(model, x, y, forward, term, criterion, drawn) for term, criterion in zip(terms, criteria, strict=True)
         )
@@ -375,6 +377,19 @@ def _check_nothing_drawn(drawn: bool, reason: str) -> None:
         )
 
 
+def _check_repeats(model: nn.Module, x: Any, output: Any) -> None:
+    """A finite difference compares with a second forward pass, which a graph starts from the buffers of after the first."""
+    again = float_tensors(call_with(model, {}, x))
+    for first, second in zip(float_tensors(output), again, strict=True):
+        tolerance = 64 * torch.finfo(first.dtype).eps  # the difference is divided by the step
+        if not torch.allclose(first, second, rtol=tolerance, atol=tolerance, equal_nan=True):
+            raise RuntimeError(
+                "a second forward pass gives another output (its buffers are updated, as spectral_norm's are in training "
+                'mode, or it draws numbers from a generator of its own), so method="finite_difference" is not possible '
+                "within torch.compile: call the objective without torch.compile"
+            )
+
+
 def _plan(model: nn.Module, x: Any, y: Any, forward: Recording, term: Term, criterion: Criterion, drawn: bool) -> Plan:
     """The checks of one term; for parameters, how their gradients are had."""
     if term.method == "finite_difference":
@@ -385,13 +400,14 @@ def _plan(model: nn.Module, x: Any, y: Any, forward: Recording, term: Term, crit
                 "expected no generator within torch.compile, which cannot draw from one: leave it out and seed torch, or "
                 "call the objective without torch.compile"
             )
-        output = evaluation.check_output(forward)
-        _checked_mixed_calls(
-            model, evaluation.generic_combination(output), evaluation.generic_combination, forward, deltas=False
-        )
+        combination = evaluation.generic_combination(evaluation.check_output(forward))
+        _checks.check_derivable_twice(_graph.walk_graph(combination).kinds)
+        _checked_mixed_calls(model, combination, evaluation.generic_combination, forward, deltas=False)
         return NO_PLAN
     scalar = term.scalar(criterion, y)
     f = scalar(forward.output)
+    if term.method == "exact":
+        _checks.check_derivable_twice(_graph.walk_graph(f).kinds)
     if isinstance(term, InputTerm):
         _checks.check_input_rows(forward.inputs, f.shape[0])
         _checked_mixed_calls(model, f, scalar, forward, deltas=False)

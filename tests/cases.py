@@ -223,9 +223,9 @@ class TiedByMatmul(nn.Module):
 class TiedEmbedding(nn.Module):
     """Language model whose head is its table."""
 
-    def __init__(self) -> None:
+    def __init__(self, padding_idx: int | None = None) -> None:
         super().__init__()
-        self.table = nn.Embedding(7, 4)
+        self.table = nn.Embedding(7, 4, padding_idx=padding_idx)
         self.head = nn.Linear(4, 7, bias=False)
         self.head.weight = self.table.weight
 
@@ -270,6 +270,43 @@ class Functional(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(F.linear(x, self.w1).tanh(), weight=self.w2, bias=self.b2)
+
+
+class BroadcastBias(nn.Module):
+    """F.linear adds one bias to all outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 4))
+        self.b = nn.Parameter(torch.randn(1))
+        self.head = nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.linear(x, self.w, self.b).tanh())
+
+
+class VectorWeight(nn.Module):
+    """F.linear with a vector, which leaves no feature dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.v = nn.Parameter(torch.randn(4))
+        self.head = nn.Linear(2, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.linear(x, self.v).tanh())
+
+
+class Ensemble(nn.Module):
+    """torch.vmap over members within the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.members = nn.Parameter(torch.randn(2, 5, 4))
+        self.head = nn.Linear(5, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.vmap(partial(F.linear, x))(self.members).mean(0).tanh())
 
 
 class Attention(nn.Module):
@@ -656,6 +693,16 @@ SHARED = [
     Case("tied_autoencoder", TiedAutoencoder, loss=MSE),
     Case("tied_by_matmul", TiedByMatmul),
     Case("tied_embedding", TiedEmbedding, tokens(B, 7), POSITION_CROSS_ENTROPY, float_input=False),
+    Case(
+        "tied_embedding_padding",
+        partial(TiedEmbedding, padding_idx=-7),
+        tokens(B, 7),
+        POSITION_CROSS_ENTROPY,
+        float_input=False,
+    ),
+    Case("broadcast_bias", BroadcastBias),
+    Case("vector_weight", VectorWeight, normal(2, 4)),
+    Case("ensemble", Ensemble),
     Case("residual", Residual),
     Case("sliced_weight", Sliced),
     Case("reversed_batch", Reversed),

@@ -217,6 +217,18 @@ class AskingTheCompiler(nn.Module):
         return x @ self.layer.weight.T + self.layer.bias if torch.compiler.is_dynamo_compiling() else self.layer(x)
 
 
+class Growing(nn.Module):
+    """Its buffer is another one in every forward pass, as that of spectral_norm in training mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.scale.mul_(1.1)
+        return x * self.scale
+
+
 def zero_head() -> nn.Module:
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
     nn.init.zeros_(model[2].weight)
@@ -239,6 +251,11 @@ REFUSED = {
         lambda: nn.Sequential(nn.Dropout(), nn.Linear(4, 3)),
         {"over": "batch", "method": "finite_difference"},
         "second forward pass with the same",
+    ),
+    "buffers that move": (
+        lambda: nn.Sequential(Growing(), nn.Linear(4, 3)),
+        {"over": "batch", "method": "finite_difference"},
+        "gives another output",
     ),
     "dropout and PReLU": (
         lambda: nn.Sequential(nn.Dropout(), nn.Linear(4, 3), nn.PReLU()),

@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import random
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import cases
+import numpy as np
 import pytest
 import references as ref
 import torch
@@ -18,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from gradpen import evaluate_inequality
 from gradpen.functional import input_grad_sq_norm, param_grad_sq_norm
 
 BATCHES = [cases.B, 1]
@@ -781,6 +785,155 @@ def test_finite_differences_work_through_fused_attention():
         ref.assert_close(actual, exact, 1e-8)
         gradients = (ref.flat_gradient(value, model) for value, model in ((actual, fused), (exact, mathematical)))
         assert ref.relative_error(*gradients) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        input_grad_sq_norm,
+        param_grad_sq_norm,
+        partial(input_grad_sq_norm, of="output"),
+        partial(param_grad_sq_norm, over="batch"),
+    ],
+)
+def test_fused_attention_is_refused_where_it_would_be_differentiated_twice(call):
+    mathematical, x, y, _ = cases.find("attention").problem()
+    with pytest.raises(RuntimeError, match="sdpa_kernel"):
+        call(mathematical.model, x, y)
+    assert call(mathematical, x, y).requires_grad
+
+
+def test_values_of_fused_attention_without_a_graph():
+    mathematical, x, y, _ = cases.find("attention").problem()
+    for function in (input_grad_sq_norm, param_grad_sq_norm):
+        ref.assert_close(function(mathematical.model, x, y, create_graph=False), function(mathematical, x, y))
+
+
+class Unsteady(nn.Module):
+    """Skips its layer now and then, by Python's or NumPy's random stream."""
+
+    def __init__(self, draw) -> None:
+        super().__init__()
+        self.draw, self.dense, self.head = draw, nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x + self.dense(x).tanh() if self.draw() < 0.5 else x)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("stream", "draw"), [(random.seed, random.random), (np.random.seed, np.random.rand)])
+def test_a_displaced_pass_draws_the_same_numbers_of_python_and_numpy(stream, draw, seed):
+    model, (_, x, y, _) = Unsteady(draw).double(), cases.find("tanh").problem()
+    gradients = []
+    for options in ({}, {"method": "finite_difference", "step": 1e-6}):
+        stream(seed)
+        gradients.append(ref.flat_gradient(param_grad_sq_norm(model, x, y, over="batch", **options).sum(), model))
+    assert ref.relative_error(*gradients) < 1e-4
+
+
+def test_a_displaced_pass_starts_from_the_buffers_of_the_first():
+    def gradient(**options):
+        torch.manual_seed(0)
+        normed = [spectral_norm(nn.Linear(4, 6)), nn.Tanh(), spectral_norm(nn.Linear(6, 3))]
+        model = nn.Sequential(*normed).double()  # in training mode every pass is a step of its power iteration
+        _, x, y, _ = cases.find("tanh").problem()
+        return ref.flat_gradient(input_grad_sq_norm(model, x, y, **options).sum(), model)
+
+    assert ref.relative_error(gradient(method="finite_difference", step=1e-6), gradient()) < 1e-4
+
+
+@pytest.mark.parametrize(("function", "options"), [(input_grad_sq_norm, {}), (param_grad_sq_norm, {"over": "batch"})])
+def test_a_model_that_changes_its_input_in_place_is_refused(function, options):
+    class Shifting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dense = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.dense(x.sub_(0.5))
+
+    _, x, y, _ = cases.find("tanh").problem()
+    with pytest.raises(RuntimeError, match="changes its input in place"):
+        function(Shifting().double(), x, y, method="finite_difference", **options)
+
+
+def test_rows_are_taken_for_a_finite_difference_only_where_all_tensors_have_them():
+    class Mixing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dense, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x, mask):
+            return self.head((mask @ self.dense(x).tanh()).mean(1))
+
+    model, x, y = Mixing().double(), torch.randn(5, 6, 4).double(), torch.randint(3, (5,))
+    mask = torch.ones(6, 6).double().tril()
+    losses = [F.cross_entropy(model(x[i : i + 1], mask), y[i : i + 1]) for i in range(5)]
+    expected = [ref.scalar_sq(loss, ref.trainable(model)) for loss in losses]
+    ref.assert_close(param_grad_sq_norm(model, (x, mask), y), torch.tensor(expected, dtype=torch.float64))
+    for tensor in (mask, torch.tensor(1.0)):
+        with pytest.raises(ValueError, match="count the 5 samples"):
+            param_grad_sq_norm(model, (x, tensor * mask), y, over=2, method="finite_difference")
+
+
+def test_dropout_that_sets_in_later_is_noticed():
+    class Ramp(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.p, self.w, self.head = 0.0, nn.Parameter(torch.randn(4, 6)), nn.Linear(6, 3)
+
+        def forward(self, x):
+            h = (x @ self.w).tanh().transpose(0, 1).contiguous()  # sample by sample, the masks are others
+            return self.head(F.dropout(h, self.p, self.training).transpose(0, 1).mean(1))
+
+    model, x, y = Ramp().double(), torch.randn(5, 6, 4).double(), torch.randint(3, (5,))
+    param_grad_sq_norm(model, x, y)
+    model.p = 0.5
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="one sample at a time"):
+        actual = param_grad_sq_norm(model, x, y)
+    torch.manual_seed(0)
+    f = F.cross_entropy(model(x), y, reduction="none")
+    parameters = ref.trainable(model)
+    expected = [ref.sq_norm(torch.autograd.grad(value, parameters, retain_graph=True)) for value in f]
+    ref.assert_close(actual, torch.stack(expected))
+
+
+def test_sparse_gradients_are_displaced():
+    _, _, y, _ = cases.find("tanh").problem()
+    tokens = torch.randint(7, (len(y), 3), generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(7, 4, sparse=sparse), nn.Flatten(), nn.Tanh(), nn.Linear(12, 3)).double()
+        param_grad_sq_norm(model, tokens, y, over="batch", method="finite_difference").sum().backward()
+        gradients.append(torch.cat([p.grad.to_dense().flatten() for p in model.parameters()]))
+    ref.assert_close(*gradients)
+
+
+class Weighted(NamedTuple):
+    """A target with the weight of its sample."""
+
+    classes: torch.Tensor
+    weight: torch.Tensor
+
+
+@pytest.mark.parametrize("options", [{"over": 2}, {"over": 2, "method": "finite_difference"}])
+def test_a_target_stays_a_named_tuple(options):
+    model, x, y, _ = cases.find("tanh").problem()
+    weight = torch.rand(len(y), dtype=torch.float64)
+
+    def criterion(output, target):
+        return F.cross_entropy(output, target.classes, reduction="none") * target.weight
+
+    actual = param_grad_sq_norm(model, x, Weighted(y, weight), criterion=criterion, **options)
+    pairs = [slice(i, i + 2) for i in range(0, len(y), 2)]
+    losses = [criterion(model(x[pair]), Weighted(y[pair], weight[pair])).mean() for pair in pairs]
+    ref.assert_close(
+        actual, torch.tensor([ref.scalar_sq(loss, ref.trainable(model)) for loss in losses], dtype=torch.float64)
+    )
+    report = evaluate_inequality(model, x, Weighted(y, weight), criterion=criterion)
+    ref.assert_close(report.rhs, param_grad_sq_norm(model, x, Weighted(y, weight), criterion=criterion).detach())
 
 
 class Checkpointed(nn.Module):

@@ -372,6 +372,8 @@ REASONS = {
     "conv2d": ("0", "convolution"),
     "parametrised": ("0", "other parameters"),
     "unused_parameter": ("idle", "does not depend"),
+    "broadcast_bias": ("w", "broadcast bias"),
+    "vector_weight": ("v", "vector"),
 }
 
 
@@ -436,6 +438,27 @@ def test_a_residual_block_that_is_off_on_these_samples():
     nn.init.zeros_(model.inner.weight)
     report = evaluate_inequality(model, x, y)
     assert [layer.name for layer in report.layers] == ["stem", "head"] and report.holds.all()
+
+
+@pytest.mark.parametrize("norm", ["spectral", "frobenius", "joint"])
+def test_a_layer_fed_by_a_parameter_where_all_units_are_dead(norm):
+    """∇_x f = 0 lets any layer pass the identity; x has to lead to it."""
+
+    class Fed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+            self.other, self.constant = nn.Linear(4, 3), nn.Parameter(torch.randn(1, 4))
+            nn.init.constant_(self.first.bias, -100.0)
+
+        def forward(self, x):
+            return self.head(self.first(x).relu()) + self.other(self.constant.expand(len(x), -1))
+
+    report = evaluate_inequality(
+        Fed().double(), torch.randn(5, 4).double(), torch.zeros(5, dtype=torch.long), norm=norm
+    )
+    assert [layer.name for layer in report.layers] == ["first", "head"] and (report.lhs == 0).all()
+    assert {entry.name: entry.reason for entry in report.excluded}["other"] == "its input does not depend on x"
 
 
 def test_one_sample_that_goes_round_a_layer_is_enough():

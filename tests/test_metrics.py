@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import re
 import warnings
@@ -149,6 +150,14 @@ def test_undefined_samples_are_left_out_and_an_unknown_norm_is_refused():
     assert metric.num_samples == 4 and 0 < metric.compute() <= 1
     with pytest.raises(ValueError, match="norm must be one of"):
         InequalityTightness(norm="nuclear")
+
+
+@pytest.mark.parametrize("metric", [GeometricComplexity(), ParamGradSqNorm()])
+def test_a_sample_that_is_not_a_number_is_not_left_out(metric):
+    x = X.clone()
+    x[0] = math.nan
+    metric.update(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double(), x, Y)
+    assert metric.num_samples == len(X) and metric.compute().isnan()
 
 
 def test_the_model_is_left_without_a_trace():

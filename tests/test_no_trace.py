@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from gradpen import evaluate_inequality
+from gradpen.metrics import ParamGradSqNorm
 
 HOOKS = [
     "_forward_hooks",
@@ -79,7 +80,7 @@ MODELS = {
     "mapped": lambda: cases.mlp_with(cases.Scale(4)),
     "partly_frozen": lambda: cases.freeze(cases.mlp(4, 6, 3), "0.weight", "2.bias"),
     "frozen": lambda: cases.mlp(4, 6, 3).requires_grad_(False),  # refused
-    "attention": cases.Attention,  # fused: has no second derivative
+    "attention": cases.Attention,  # fused, were it not evaluated by the operations that have second derivatives
     "gradients_there": lambda: with_gradients(cases.mlp(4, 6, 3)),
     "modes_mixed": lambda: nn.Sequential(nn.Linear(4, 6).eval(), nn.Dropout(0.5), nn.Linear(6, 3).eval()),
 }
@@ -113,7 +114,7 @@ def test_no_trace(name, options):
 
 @pytest.mark.parametrize(
     "name",
-    ["mlp", "inplace", "dropout", "noisy", "mapped", "spectral_norm", "batch_norm_eval", "modes_mixed"],
+    ["mlp", "inplace", "dropout", "noisy", "mapped", "spectral_norm", "batch_norm_eval", "modes_mixed", "attention"],
 )
 def test_these_models_are_evaluated_not_refused(name):
     model, (x, y) = MODELS[name](), data(name)
@@ -159,6 +160,23 @@ def test_a_compiled_model_is_evaluated_as_the_original():
     expected = evaluate_inequality(model, x, y)
     report = evaluate_inequality(torch.compile(model, backend="eager"), x, y)
     assert torch.equal(report.lhs, expected.lhs)
+
+
+def test_an_embedding_keeps_rows_that_its_forward_pass_shortens():
+    model = nn.Sequential(nn.Embedding(7, 4, max_norm=0.1), nn.Flatten(), nn.Linear(12, 3))
+    x = torch.randint(7, (5, 3))
+    before = model[0].weight.detach().clone()
+    metric = ParamGradSqNorm()
+    metric.update(model, x, torch.randint(3, (5,)))
+    assert torch.equal(model[0].weight, before) and metric.compute() > 0
+
+
+def test_hooks_on_parameters_do_not_run():
+    model, (x, y) = MODELS["mapped"](), data("mapped")
+    for parameter in model.parameters():
+        parameter.register_hook(lambda gradient: pytest.fail("a hook ran"))
+    evaluate_inequality(model, x, y)
+    assert all(len(parameter._backward_hooks) == 1 for parameter in model.parameters())
 
 
 def test_hooks_of_the_users_stay_and_run():

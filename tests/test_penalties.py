@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import cases
 import pytest
@@ -42,6 +43,38 @@ def norms_of(problem, penalty):
     model, x, y, _ = problem
     oracle = ref.input_grad_sq_norm if isinstance(penalty, InputGradPenalty) else ref.param_grad_sq_norm
     return oracle(model, x, y, ROW)
+
+
+# ---- the data loss ------------------------------------------------------------------------------------------------------
+
+ONE_BACKWARD_PASS = [InputGradPenalty(0.0), ParamGradPenalty(0.0, over="batch", method="finite_difference")]
+
+
+@pytest.mark.parametrize("penalty", ONE_BACKWARD_PASS)
+@pytest.mark.parametrize("loss", [F.mse_loss, F.l1_loss])
+def test_a_mean_that_is_divided_by_weights(penalty, loss):
+    model, x = nn.Linear(4, 3), torch.randn(5, 4)
+    target, criterion = torch.randn(5, 3), partial(loss, weight=5 * torch.rand(5, 3))
+    expected = ref.flat_gradient(criterion(model(x), target), model)
+    out = PenalizedLoss(criterion, penalty)(model, x, target)
+    assert out.data_loss == criterion(model(x), target)
+    ref.assert_close(ref.flat_gradient(out.loss, model), expected, 1e-6)
+
+
+@pytest.mark.parametrize("penalty", [*ONE_BACKWARD_PASS, ParamGradPenalty(0.0, over="batch"), ParamGradPenalty(0.1)])
+def test_hooks_on_parameters_run_once(penalty):
+    _, x, y, _ = cases.find("tanh").problem()
+    (plain, *_), (hooked, *_) = (cases.find("tanh").problem() for _ in range(2))
+    seen = []
+    for parameter in hooked.parameters():
+        parameter.register_hook(lambda gradient: seen.append(gradient) or gradient / 2)
+    outs = [PenalizedLoss(F.cross_entropy, penalty)(model, x, y) for model in (plain, hooked)]
+    ref.assert_close(*[out.penalties[penalty.name] for out in outs])
+    for out in outs:
+        out.loss.backward()
+    assert len(seen) == len(list(hooked.parameters()))
+    for a, b in zip(plain.parameters(), hooked.parameters(), strict=True):
+        ref.assert_close(b.grad, a.grad / 2)
 
 
 # ---- the reductions -----------------------------------------------------------------------------------------------------
