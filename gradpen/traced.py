@@ -292,7 +292,8 @@ def _pack(x: Any, tensors: list[Tensor]) -> Any:
     if isinstance(x, Mapping):
         return ("dict", tuple((key, _pack(value, tensors)) for key, value in x.items()))
     if isinstance(x, (tuple, list)):
-        return ("tuple", tuple(_pack(value, tensors) for value in x))
+        kind = type(x) if hasattr(x, "_fields") else "tuple"
+        return (kind, tuple(_pack(value, tensors) for value in x))
     return ("constant", x)
 
 
@@ -305,7 +306,9 @@ def _unpack(layout: Any, tensors: Sequence[Tensor]) -> Any:
             return {key: _unpack(value, tensors) for key, value in content}
         case "tuple":
             return tuple(_unpack(value, tensors) for value in content)
-    return content
+        case "constant":
+            return content
+    return kind(*(_unpack(value, tensors) for value in content))  # a NamedTuple
 
 
 @torch.compiler.assume_constant_result

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cases
 import pytest
@@ -122,6 +122,21 @@ def test_a_penalty_within_a_compiled_function():
         return F.cross_entropy(model(2 * x), y) + penalty(model, 2 * x, y)
 
     torch.testing.assert_close(compiled(loss)(x, y), loss(x, y))
+
+
+class Weighted(NamedTuple):
+    classes: Tensor
+    weight: Tensor
+
+
+@needs_compilable_torch
+def test_a_target_may_be_a_named_tuple():
+    def criterion(output: Tensor, target: Weighted) -> Tensor:
+        return F.cross_entropy(output, target.classes, reduction="none") * target.weight
+
+    x, y = batch_of()
+    target = Weighted(y, torch.rand(BATCH, dtype=torch.float64))
+    assert_same_step(PenalizedLoss(criterion, InputGradPenalty(0.1), ParamGradPenalty(0.1)), small_mlp(), x, target)
 
 
 @needs_compilable_torch
