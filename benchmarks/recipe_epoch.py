@@ -41,11 +41,11 @@ class Halted:
     """A training that is halted but for single epochs.
 
     Args:
-        training: is started, and halted at the end of its first epoch, of which nobody knows when it began.
+        training: is started.
         printed: takes what the training prints.
 
     Raises:
-        RuntimeError: with what the training printed, if it fails; likewise by the methods.
+        RuntimeError: by the methods, with what the training printed, if it fails.
     """
 
     def __init__(self, training: Training, printed: IO[str]) -> None:
@@ -54,6 +54,9 @@ class Halted:
         self.process = subprocess.Popen(
             training.command, env={**os.environ, **training.environment}, stdout=printed, stderr=subprocess.STDOUT
         )
+
+    def first_epoch(self) -> None:
+        """Wait for its end; when it began, nobody knows."""
         self._until_saved(None)
 
     def epoch(self) -> float:
@@ -118,10 +121,11 @@ def epochs_in_turn(
             printed = stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8"))
             running[name] = Halted(training, printed)
             stack.callback(running[name].kill)
+            running[name].first_epoch()
         names = list(running)
         for epoch in range(1, epochs):
-            start = epoch % len(names)  # nobody always runs after the same other one
-            seconds = {name: running[name].epoch() for name in names[start:] + names[:start]}
+            order = names if epoch % 2 else names[::-1]  # nobody always runs after the same other one
+            seconds = {name: running[name].epoch() for name in order}
             rounds.append({name: seconds[name] for name in names})
             advance(epoch / epochs)
         for halted in running.values():

@@ -84,20 +84,6 @@ def check_not_compiled(modules: Iterable[nn.Module], method: str) -> None:
         )
 
 
-def check_derivable_twice(kinds: Collection[str]) -> None:
-    """Fused attention kernels have a first derivative only, and PyTorch says so in terms of the kernel.
-
-    Args:
-        kinds: names of the types of the nodes in the graph of what is penalised.
-    """
-    if any(kind.startswith("ScaledDotProduct") for kind in kinds):
-        raise RuntimeError(
-            'method="exact" differentiates a gradient, and the fused kernel that scaled_dot_product_attention has chosen '
-            "cannot be differentiated twice. Two ways work: run the model within `with torch.nn.attention.sdpa_kernel("
-            'torch.nn.attention.SDPBackend.MATH):`, or use method="finite_difference", which needs first derivatives only'
-        )
-
-
 def warn_of_wrong_second_derivatives(modules: Mapping[str, nn.Module]) -> None:
     """The fused kernel of torch's weight_norm fails gradgradcheck: values are right, their gradients are not."""
     for name, module in modules.items():

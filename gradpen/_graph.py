@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Collection, KeysView, Mapping, Sequence
+from collections.abc import Collection, Iterable, KeysView, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -41,6 +41,22 @@ class GraphWalk:
     def kinds(self) -> frozenset[str]:
         """Names of the nodes' types."""
         return frozenset({type(node).__name__ for node in self.parents})
+
+    def leads_through(self, kind: str, places: Iterable[Tensor]) -> bool:
+        """Whether a node of a type whose name begins with `kind` lies between the root and one of the places."""
+        pending = [node for node in self.parents if type(node).__name__.startswith(kind)]
+        if not pending:
+            return False
+        wanted = {edge_of(tensor).node for tensor in places if tensor.requires_grad}
+        seen = set(pending)
+        while pending:
+            for parent in self.parents.get(pending.pop(), ()):
+                if parent in wanted:
+                    return True
+                if parent is not None and parent not in seen:
+                    seen.add(parent)
+                    pending.append(parent)
+        return False
 
     @cached_property
     def shape(self) -> int:
@@ -87,6 +103,21 @@ def differentiate(
     finally:
         for tensor, hooks in hooked:
             tensor._backward_hooks = hooks
+
+
+def check_derivable_twice(walk: GraphWalk, places: Iterable[Tensor]) -> None:
+    """Fused attention kernels have a first derivative only, and PyTorch says so in terms of the kernel.
+
+    Args:
+        walk: that of the graph of what is penalised.
+        places: what the penalised gradient is taken with respect to: kernels that do not lie in between do no harm.
+    """
+    if walk.leads_through("ScaledDotProduct", places):
+        raise RuntimeError(
+            'method="exact" differentiates a gradient, and the fused kernel that scaled_dot_product_attention has chosen '
+            "cannot be differentiated twice. Two ways work: run the model within `with torch.nn.attention.sdpa_kernel("
+            'torch.nn.attention.SDPBackend.MATH):`, or use method="finite_difference", which needs first derivatives only'
+        )
 
 
 def edge_of(tensor: Tensor) -> GradientEdge:

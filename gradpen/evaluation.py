@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gradpen import _checks, finite_difference, gradients, mixing, param_norms
-from gradpen._graph import GraphWalk, edge_of, walk_graph
+from gradpen._graph import GraphWalk, check_derivable_twice, edge_of, walk_graph
 from gradpen._numerics import sum_tensors
 from gradpen.criteria import Criterion, Scalar
 from gradpen.recording import (
@@ -65,8 +65,8 @@ class _Pass:
         """
         if self.versions != _versions(self.x):
             raise RuntimeError(
-                "the model changes its input in place (`x += …`), so that a finite difference would compare its values at "
-                "two different inputs: replace the operation by an ordinary one (`x = x + …`)"
+                "the model changes one of its inputs in place (`x += …`), so that a finite difference would compare its "
+                "values at two different inputs: replace the operation by an ordinary one (`x = x + …`)"
             )
 
 
@@ -88,8 +88,6 @@ class _ScalarGradients:
 
     @cached_property
     def gradients(self) -> gradients.SampleGradients:
-        if self.create_graph and (self.inputs or self.deltas):
-            _checks.check_derivable_twice(self.walk.kinds)
         return gradients.sample_gradients(
             self.f.sum(), self.recording, inputs=self.inputs, deltas=self.deltas, create_graph=self.create_graph
         )
@@ -144,7 +142,8 @@ def evaluate_terms(
     kinds = [term for term, _ in terms]
     parameters = check_call(model, kinds)
     displaced = any(term.method == "finite_difference" for term in kinds)
-    rng = RngState.capture(torch_alone=not displaced)
+    repeated = displaced or any(needs_deltas(term) for term in kinds)  # perhaps, for parameters without closed form
+    rng = RngState.capture(torch_alone=not repeated)
     buffers = copied_buffers(model) if displaced else None
     versions = _versions(x)
     recording = record_forward(
@@ -227,7 +226,7 @@ def evaluate_loss_terms(
     """
     parameters = check_call(model, terms)
     _checks.check_input_rows(recording.inputs, batch_size)
-    _checks.check_derivable_twice(walk_graph(loss).kinds)
+    walk = walk_graph(loss)
     total = loss * batch_size if reduction == "mean" else loss
     needed = [term for term in terms if isinstance(term, ParamTerm) or term.of == "loss"]
     found = gradients.SampleGradients([], {})
@@ -242,13 +241,14 @@ def evaluate_loss_terms(
     norms = []
     for term, chosen in zip(terms, parameters, strict=True):
         if isinstance(term, InputTerm):
-            sq_norms = (
-                _jacobian_sq_norm(model, recording, term)
-                if term.of == "output"
-                else gradients.input_sq_norm(found.inputs)
-            )
+            if term.of == "output":
+                sq_norms = _jacobian_sq_norm(model, recording, term)
+            else:
+                check_derivable_twice(walk, recording.inputs)
+                sq_norms = gradients.input_sq_norm(found.inputs)
             norms.append(GroupNorms(sq_norms))
             continue
+        check_derivable_twice(walk, chosen.values())
         sizes = term.group_sizes(batch_size, total)
         if term.over == "batch":
             sq_norms = param_norms.batch_param_sq_norm(total / batch_size, list(chosen.values()))
@@ -297,10 +297,12 @@ def _passes_through(
 def _input_norms(forward: _Pass, scalar: _ScalarGradients, term: InputTerm) -> GroupNorms:
     recording = forward.recording
     if term.of == "output":
-        sq_norms = _jacobian_sq_norm(forward.model, recording, term)
+        sq_norms = _jacobian_sq_norm(forward.model, recording, term, scalar.create_graph)
         return GroupNorms(sq_norms)
     _checks.check_input_rows(recording.inputs, scalar.f.shape[0])
     if term.method == "exact":
+        if scalar.create_graph:
+            check_derivable_twice(scalar.walk, recording.inputs)
         scalar.find_mixed_calls()
         sq_norms = gradients.input_sq_norm(scalar.gradients.inputs)
     else:
@@ -319,12 +321,13 @@ def _input_norms(forward: _Pass, scalar: _ScalarGradients, term: InputTerm) -> G
     return GroupNorms(sq_norms)
 
 
-def _jacobian_sq_norm(model: nn.Module, recording: Recording, term: InputTerm) -> Tensor:
+def _jacobian_sq_norm(model: nn.Module, recording: Recording, term: InputTerm, create_graph: bool = True) -> Tensor:
     """‖J_i‖_F² over all outputs of sample i: (B,)."""
     output = check_output(recording)
     combination = generic_combination(output)
     walk = walk_graph(combination)
-    _checks.check_derivable_twice(walk.kinds)
+    if create_graph:
+        check_derivable_twice(walk, recording.inputs)
     mixing.check_inputs_unmixed(model, combination, generic_combination, recording, walk)
     if term.method == "exact":
         return gradients.jacobian_sq_norm(output, recording)
@@ -364,9 +367,9 @@ def _param_norms(
     if term.method == "finite_difference":
         norms = _finite_difference_norms(forward, scalar, term, criterion, y, parameters, known)
         return GroupNorms(norms.square(), sizes)
+    if scalar.create_graph:
+        check_derivable_twice(scalar.walk, parameters.values())
     if term.over == "batch":
-        if scalar.create_graph:
-            _checks.check_derivable_twice(scalar.walk.kinds)
         sq_norm = param_norms.batch_param_sq_norm(
             f, list(parameters.values()), create_graph=scalar.create_graph, walk=scalar.walk
         )

@@ -277,7 +277,7 @@ class GeneralizationGap(WrapperMetric):
 def _geometric_complexity_update(model: nn.Module, x: Any) -> tuple[Tensor, Tensor]:
     """Sum of ‖∇_x F(x_i)‖_F² over a batch, and B."""
     with untouched(model):
-        values = input_grad_sq_norm(model, outside_inference(x), of="output").detach()
+        values = input_grad_sq_norm(model, outside_inference(x), of="output", create_graph=False)
     return values.sum(), torch.tensor(len(values), device=values.device)
 
 
@@ -287,7 +287,7 @@ def _param_grad_sq_norm_update(
     """Sum of ‖∇_θ f_i‖² over a batch, and B."""
     with untouched(model):
         x, y = outside_inference(x), outside_inference(y)
-        values = param_grad_sq_norm(model, x, y, criterion=criterion).detach()
+        values = param_grad_sq_norm(model, x, y, criterion=criterion, create_graph=False)
     return values.sum(), torch.tensor(len(values), device=values.device)
 
 

@@ -327,7 +327,7 @@ def run_mapped(
 
 
 class _PaddingOutside(TorchFunctionMode):
-    """F.embedding with a padding row in operations that torch.vmap differentiates rightly.
+    """F.embedding and torch.embedding with a padding row in operations that torch.vmap differentiates rightly.
 
     It lays the samples' tables one behind the other and numbers their rows anew, all but `padding_idx`, so that from the
     second sample on the padding row would get a gradient.
@@ -340,9 +340,16 @@ class _PaddingOutside(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if func is not F.embedding:
-            return func(*args, **(kwargs or {}))
-        return _embedding(*args, **(kwargs or {}))
+        if func is F.embedding:
+            return _embedding(*args, **(kwargs or {}))
+        if func is torch.embedding:
+            return _torch_embedding(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _torch_embedding(weight: Tensor, indices: Tensor, padding_idx: int = -1, *args: Any, **kwargs: Any) -> Tensor:
+    found = torch.embedding(weight, indices, -1, *args, **kwargs)
+    return found if padding_idx < 0 else torch.where((indices == padding_idx).unsqueeze(-1), found.detach(), found)
 
 
 def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any) -> Tensor:

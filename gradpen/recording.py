@@ -123,7 +123,8 @@ def map_leaves(x: Any, function: Callable[[Any], Any]) -> Any:
         values = [map_leaves(value, function) for value in x]
         if isinstance(x, list):
             return values
-        return type(x)(*values) if hasattr(x, "_fields") else tuple(values)
+        make: Any = getattr(type(x), "_make", tuple)  # that of named tuples, which may have other constructors
+        return make(values)
     return function(x)
 
 
@@ -139,9 +140,15 @@ def map_floats(x: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 def tensors_of(x: Any) -> list[Tensor]:
     """The tensors of an input, in the order in which `map_tensors` visits them."""
-    found: list[Any] = []
-    map_leaves(x, found.append)
-    return [leaf for leaf in found if isinstance(leaf, Tensor)]
+    return [leaf for leaf in _leaves(x) if isinstance(leaf, Tensor)]
+
+
+def _leaves(x: Any) -> Iterator[Any]:
+    if isinstance(x, (Mapping, tuple, list)):
+        for value in x.values() if isinstance(x, Mapping) else x:
+            yield from _leaves(value)
+    else:
+        yield x
 
 
 def float_tensors(x: Any) -> list[Tensor]:

@@ -308,7 +308,7 @@ def _unpack(layout: Any, tensors: Sequence[Tensor]) -> Any:
             return tuple(_unpack(value, tensors) for value in content)
         case "constant":
             return content
-    return kind(*(_unpack(value, tensors) for value in content))  # a NamedTuple
+    return kind._make(_unpack(value, tensors) for value in content)  # a NamedTuple
 
 
 @torch.compiler.assume_constant_result
@@ -404,13 +404,14 @@ def _plan(model: nn.Module, x: Any, y: Any, forward: Recording, term: Term, crit
                 "call the objective without torch.compile"
             )
         combination = evaluation.generic_combination(evaluation.check_output(forward))
-        _checks.check_derivable_twice(_graph.walk_graph(combination).kinds)
+        _graph.check_derivable_twice(_graph.walk_graph(combination), forward.inputs)
         _checked_mixed_calls(model, combination, evaluation.generic_combination, forward, deltas=False)
         return NO_PLAN
     scalar = term.scalar(criterion, y)
     f = scalar(forward.output)
     if term.method == "exact":
-        _checks.check_derivable_twice(_graph.walk_graph(f).kinds)
+        places = forward.inputs if isinstance(term, InputTerm) else select_parameters(model, term.parameters).values()
+        _graph.check_derivable_twice(_graph.walk_graph(f), places)
     if isinstance(term, InputTerm):
         _checks.check_input_rows(forward.inputs, f.shape[0])
         _checked_mixed_calls(model, f, scalar, forward, deltas=False)

@@ -272,6 +272,17 @@ class Functional(nn.Module):
         return F.linear(F.linear(x, self.w1).tanh(), weight=self.w2, bias=self.b2)
 
 
+class TiedTable(nn.Module):
+    """torch.embedding, whose padding row comes after the indices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(7, 4))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return (torch.embedding(self.table, tokens, 6).tanh() @ self.table.T).transpose(1, 2)
+
+
 class BroadcastBias(nn.Module):
     """F.linear adds one bias to all outputs."""
 
@@ -700,6 +711,7 @@ SHARED = [
         POSITION_CROSS_ENTROPY,
         float_input=False,
     ),
+    Case("tied_table_padding", TiedTable, tokens(B, 7), POSITION_CROSS_ENTROPY, float_input=False),
     Case("broadcast_bias", BroadcastBias),
     Case("vector_weight", VectorWeight, normal(2, 4)),
     Case("ensemble", Ensemble),

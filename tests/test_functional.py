@@ -803,6 +803,34 @@ def test_fused_attention_is_refused_where_it_would_be_differentiated_twice(call)
     assert call(mathematical, x, y).requires_grad
 
 
+@pytest.mark.parametrize("over", ["sample", "batch"])
+def test_fused_attention_behind_the_layers_that_are_penalised(over):
+    mathematical, x, y, _ = cases.find("attention").problem()
+    norms = [
+        param_grad_sq_norm(model, x, y, over=over, parameters=["*head.*"])
+        for model in (mathematical, mathematical.model)
+    ]
+    ref.assert_close(*norms)
+    gradients = [ref.flat_gradient(norm.sum(), mathematical) for norm in norms]
+    assert ref.relative_error(*gradients) < 1e-10
+
+
+def test_fused_attention_beside_the_way_from_the_input():
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token, self.head = nn.Parameter(torch.randn(1, 1, 5, 4)), nn.Linear(4, 3)
+
+        def forward(self, x):
+            attended = F.scaled_dot_product_attention(self.token, self.token, self.token)
+            return self.head(x).tanh() + attended[0, 0, :1, :3]
+
+    model, (_, x, y, _) = Beside().double(), cases.find("tanh").problem()
+    for options in ({}, {"of": "output"}):
+        input_grad_sq_norm(model, x, y, **options).sum().backward()
+    ref.assert_close(input_grad_sq_norm(model, x, y), ref.input_grad_sq_norm(model, x, y, cases.cross_entropy_row))
+
+
 def test_values_of_fused_attention_without_a_graph():
     mathematical, x, y, _ = cases.find("attention").problem()
     for function in (input_grad_sq_norm, param_grad_sq_norm):
@@ -831,6 +859,44 @@ def test_a_displaced_pass_draws_the_same_numbers_of_python_and_numpy(stream, dra
     assert ref.relative_error(*gradients) < 1e-4
 
 
+def test_random_branches_are_the_same_for_parameters_without_closed_form():
+    """Many calls: the first ones are compared with the loss's pass, later ones are trusted."""
+
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dense, self.scale = nn.Linear(4, 3), nn.Parameter(torch.ones(3))
+
+        def forward(self, x):
+            h = self.dense(x)
+            return (h if random.random() < 0.5 else h.tanh()) * self.scale
+
+    model, (_, x, y, _) = Branching().double(), cases.find("tanh").problem()
+    for seed in range(12):
+        random.seed(seed)
+        f = F.cross_entropy(model(x), y, reduction="none")
+        expected = [ref.scalar_sq(value, ref.trainable(model)) for value in f]
+        random.seed(seed)
+        ref.assert_close(param_grad_sq_norm(model, x, y), torch.tensor(expected, dtype=torch.float64))
+
+
+def test_packed_sequences_and_named_tuples_with_constructors_of_their_own():
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = nn.RNN(4, 3, batch_first=True)
+
+        def forward(self, packed):
+            return nn.utils.rnn.pad_packed_sequence(self.cell(packed)[0], batch_first=True)[0][:, 0]
+
+    model, x, y = Last().double(), torch.randn(3, 5, 4).double(), torch.tensor([0, 1, 2])
+    packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([5, 4, 2]), batch_first=True)
+    for options in ({}, {"method": "finite_difference"}):
+        actual = param_grad_sq_norm(model, {"packed": packed}, y, over="batch", **options)
+        loss = F.cross_entropy(model(packed), y)
+        ref.assert_close(actual, torch.tensor([ref.scalar_sq(loss, ref.trainable(model))], dtype=torch.float64))
+
+
 def test_a_displaced_pass_starts_from_the_buffers_of_the_first():
     def gradient(**options):
         torch.manual_seed(0)
@@ -853,7 +919,7 @@ def test_a_model_that_changes_its_input_in_place_is_refused(function, options):
             return self.dense(x.sub_(0.5))
 
     _, x, y, _ = cases.find("tanh").problem()
-    with pytest.raises(RuntimeError, match="changes its input in place"):
+    with pytest.raises(RuntimeError, match="in place"):
         function(Shifting().double(), x, y, method="finite_difference", **options)
 
 

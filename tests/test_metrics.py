@@ -15,6 +15,7 @@ import references
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanSquaredError, Metric, MetricCollection
 from torchmetrics.classification import BinaryAUROC, MulticlassAccuracy, MulticlassStatScores
@@ -158,6 +159,23 @@ def test_a_sample_that_is_not_a_number_is_not_left_out(metric):
     x[0] = math.nan
     metric.update(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double(), x, Y)
     assert metric.num_samples == len(X) and metric.compute().isnan()
+
+
+def test_attention_by_a_kernel_of_the_models_own_choice():
+    class Flash(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.query, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+                q = self.query(x)[:, None, None, :].expand(-1, 1, 5, 4)
+                return self.head(F.scaled_dot_product_attention(q, q, q)[:, 0, 0])
+
+    model = Flash().double()
+    collection = MetricCollection([GeometricComplexity(), ParamGradSqNorm()])
+    collection.update(model, X, Y)
+    assert all(value > 0 for value in collection.compute().values())
 
 
 def test_the_model_is_left_without_a_trace():
