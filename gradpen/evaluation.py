@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -68,6 +69,29 @@ class _Pass:
                 "the model changes one of its inputs in place (`x += …`), so that a finite difference would compare its "
                 "values at two different inputs: replace the operation by an ordinary one (`x = x + …`)"
             )
+
+
+@dataclass
+class _OtherStreams:
+    """Whether a model draws random numbers of NumPy or Python (to skip layers, say), which a second pass has to repeat.
+
+    To read these streams takes as long as a small layer. A model that was never seen to draw from them is looked at again
+    after 1, 2, 4, 8, … uses.
+    """
+
+    uses: int = 0
+    moved: bool = False
+
+    @classmethod
+    def of(cls, model: nn.Module) -> _OtherStreams:
+        return _other_streams.setdefault(model, cls())
+
+    def to_be_read(self) -> bool:
+        self.uses += 1
+        return self.moved or self.uses.bit_count() == 1
+
+
+_other_streams: weakref.WeakKeyDictionary[nn.Module, _OtherStreams] = weakref.WeakKeyDictionary()
 
 
 @dataclass
@@ -143,7 +167,8 @@ def evaluate_terms(
     parameters = check_call(model, kinds)
     displaced = any(term.method == "finite_difference" for term in kinds)
     repeated = displaced or any(needs_deltas(term) for term in kinds)  # perhaps, for parameters without closed form
-    rng = RngState.capture(torch_alone=not repeated)
+    others = _OtherStreams.of(model) if repeated else None
+    rng = RngState.capture(torch_alone=others is None or not others.to_be_read())
     buffers = copied_buffers(model) if displaced else None
     versions = _versions(x)
     recording = record_forward(
@@ -152,6 +177,8 @@ def evaluate_terms(
         input_grad=any(isinstance(term, InputTerm) for term in kinds),
         calls=any(needs_deltas(term) for term in kinds),
     )
+    if others is not None:
+        others.moved = others.moved or rng.others_moved()
     forward = _Pass(model, x, recording, rng, buffers, versions)
     if displaced:
         forward.check_repeatable()

@@ -193,6 +193,15 @@ class RngState(NamedTuple):
         others = () if torch_alone else (np.random.get_state(), random.getstate())
         return cls(torch.get_rng_state(), cuda, *others)
 
+    def others_moved(self) -> bool:
+        """Whether numbers of NumPy's or Python's stream, if these were read, have been drawn since."""
+        if self.python is None:
+            return False
+        kind, keys, *rest = np.random.get_state()
+        before_kind, before_keys, *before_rest = self.numpy
+        same = (kind, rest) == (before_kind, before_rest) and np.array_equal(keys, before_keys)
+        return not same or random.getstate() != self.python
+
     def restore(self) -> None:
         """Put the generators back."""
         torch.set_rng_state(self.cpu)
@@ -205,7 +214,7 @@ class RngState(NamedTuple):
     @contextlib.contextmanager
     def replayed(self) -> Iterator[None]:
         """Draw the same random numbers again inside the block; afterwards the streams stand where they stood."""
-        now = RngState.capture()
+        now = RngState.capture(torch_alone=self.python is None)
         self.restore()
         try:
             yield
