@@ -18,7 +18,7 @@ from contenders import BATCH_WEIGHT, INPUT_WEIGHT, PARAM_WEIGHT, Job, jobs, obje
 from cuda_steps import cuda_table
 from measure import CALLS, Timing, race, seconds_per_call, summarized
 from memory import MEGABYTE, peak_bytes, peak_of_fresh_step
-from recipe_epoch import EPOCHS, epochs_in_turn, recipe_and_bare_loops
+from recipe_epoch import ROUNDS, epochs_in_turn, recipe_and_bare_loops
 from straight_line import plain_step
 from workload import ImageSet, Workload, floors, load_images, synthetic_workload, trained, workload_on
 
@@ -153,7 +153,7 @@ def recipe_row(setting: Setting, advance: Advance) -> Results:
     else:
         with tempfile.TemporaryDirectory() as folder:
             trainings = recipe_and_bare_loops(setting.data_dir, Path(folder))
-            rounds = epochs_in_turn(trainings, EPOCHS, advance)
+            rounds = epochs_in_turn(trainings, ROUNDS, advance)
         for entry, name in zip(entries, ("recipe", "bare, keeps memory"), strict=True):
             entry |= _numbers(summarized([(seconds[name] / seconds["bare"], seconds[name]) for seconds in rounds]))
     return {"rows": [_row("recipe", "epoch of the MNIST recipe, in bare PyTorch epochs", 1.0, 1.3, entries)]}

@@ -126,15 +126,15 @@ def test_trainings_take_turns(tmp_path):
     """None is at work between two epochs of its own while another one goes through an epoch."""
     trainings, notes = {}, {}
     for name in ("one", "two", "three"):
-        trainings[name], notes[name] = fake_training(tmp_path, name, epochs=4)
+        trainings[name], notes[name] = fake_training(tmp_path, name, epochs=5)
     shares = []
-    rounds = recipe_epoch.epochs_in_turn(trainings, 4, shares.append)
-    assert shares == [0.25, 0.5, 0.75]
+    rounds = recipe_epoch.epochs_in_turn(trainings, 3, shares.append)
+    assert shares == [1 / 3, 2 / 3, 1]
     assert [list(seconds) for seconds in rounds] == [["one", "two", "three"]] * 3
     assert all(value > 0.04 for seconds in rounds for value in seconds.values())
     work = {name: [float(line) for line in path.read_text().splitlines()] for name, path in notes.items()}
-    assert {len(times) for times in work.values()} == {40}
-    owners = [name for _, name in sorted((time, name) for name, times in work.items() for time in times[:39])]
+    assert all(len(times) >= 40 for times in work.values())
+    owners = [name for _, name in sorted((time, name) for name, times in work.items() for time in times)]
     changes = sum(first != second for first, second in pairwise(owners))
     assert changes <= 3 * 3 + 3 * 2 + 3  # epochs in turn; a few notes more before a halt takes effect
 
