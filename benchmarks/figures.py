@@ -33,7 +33,7 @@ def draw_ratios(results: Results) -> Figure:
     axes.set_yticks(places, [row["title"] for row in rows])
     axes.invert_yaxis()
     axes.set_xlabel("plain steps (median and quartiles)")
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside lower center", ncols=5, fontsize="small")
     return figure
 
 
