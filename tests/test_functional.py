@@ -880,6 +880,27 @@ def test_random_branches_are_the_same_for_parameters_without_closed_form():
         ref.assert_close(param_grad_sq_norm(model, x, y), torch.tensor(expected, dtype=torch.float64))
 
 
+def test_a_model_that_begins_to_draw_numbers_is_noticed_at_the_next_look():
+    """At uses 1, 2, 4, 8, … it is looked at; from the look that notices on, every pass is repeated."""
+
+    class Later(Unsteady):
+        begun = False
+
+        def forward(self, x):
+            return super().forward(x) if self.begun else self.head(x)
+
+    model, (_, x, y, _) = Later(random.random).double(), cases.find("tanh").problem()
+    for _ in range(3):
+        param_grad_sq_norm(model, x, y, over="batch", method="finite_difference")
+    model.begun = True
+    for seed in range(6):
+        gradients = []
+        for options in ({"method": "finite_difference", "step": 1e-6}, {}):
+            random.seed(seed)
+            gradients.append(ref.flat_gradient(param_grad_sq_norm(model, x, y, over="batch", **options).sum(), model))
+        assert ref.relative_error(*gradients) < 1e-4
+
+
 def test_packed_sequences_and_named_tuples_with_constructors_of_their_own():
     class Last(nn.Module):
         def __init__(self) -> None:
