@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from measure import CALLS
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -51,6 +52,7 @@ def recorded(step: Callable[[], object]) -> list[Call]:
 def replay(calls: list[Call]) -> Callable[[], None]:
     """Calls the same kernels on the same tensors again. What they write is not what the step wrote."""
 
+    @torch.no_grad()
     def again() -> None:
         for kernel, args, kwargs in calls:
             kernel(*args, **kwargs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Collection, Iterable, KeysView, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, KeysView, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,6 +16,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 # Before torch 2.7 an edge does not own the node of a Python autograd.Function: where the model drops the output, using the
 # edge is a segmentation fault
 EDGES_KEEP_PYTHON_NODES = "ownership_token" in GradientEdge._fields
+
+# nodes that change a tensor's shape and neither its entries nor their order
+VIEW_NODES = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "UnsqueezeBackward0", "AliasBackward0")
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,48 @@ def differentiate(
     finally:
         for tensor, hooks in hooked:
             tensor._backward_hooks = hooks
+
+
+def save_tree(ctx: Any, tree: Any) -> None:
+    """`ctx.save_for_backward` for the tensors in nested tuples and lists, of which the rest is kept as it is.
+
+    Autograd lets go of them after the backward pass, and sees if they were changed before it.
+    """
+    tensors: list[Tensor] = []
+    ctx.tree = _take_tensors(tree, tensors)
+    ctx.save_for_backward(*tensors)
+
+
+def saved_tree(ctx: Any) -> Any:
+    """What `save_tree` was given."""
+    return _put_tensors(ctx.tree, iter(ctx.saved_tensors))
+
+
+_TAKEN = object()
+
+
+def _take_tensors(tree: Any, tensors: list[Tensor]) -> Any:
+    if isinstance(tree, Tensor):
+        tensors.append(tree)
+        return _TAKEN
+    if isinstance(tree, (tuple, list)):
+        return _like(tree, [_take_tensors(branch, tensors) for branch in tree])
+    return tree
+
+
+def _put_tensors(tree: Any, tensors: Iterator[Tensor]) -> Any:
+    if tree is _TAKEN:
+        return next(tensors)
+    if isinstance(tree, (tuple, list)):
+        return _like(tree, [_put_tensors(branch, tensors) for branch in tree])
+    return tree
+
+
+def _like(tree: Any, branches: list[Any]) -> Any:
+    if isinstance(tree, list):
+        return branches
+    make: Any = getattr(type(tree), "_make", tuple)
+    return make(branches)
 
 
 def check_derivable_twice(walk: GraphWalk, places: Iterable[Tensor]) -> None:

@@ -41,10 +41,12 @@ class Criterion:
         weight = self.source.keywords.get("weight") if isinstance(self.source, partial) else None
         return self._is(_WEIGHTED_MEANS) or (weight is not None and self._is(_MEANS_BY_WEIGHT))
 
-    def over_mean(self, data_loss: Tensor, mean: Tensor, batch_size: int) -> float | Tensor:
+    def over_mean(self, data_loss: Tensor, mean: Tensor, batch_size: int, target: Any) -> float | Tensor:
         """The multiple that ``data_loss`` is of mean_i f_i, a constant to be multiplied by, if `follows_mean`."""
         if self.reduction == "sum":
             return float(batch_size)
+        if self.source is F.cross_entropy and isinstance(target, Tensor) and not target.is_floating_point():
+            return target.numel() / (target != -100).sum().clamp(min=1)  # it leaves out targets of -100
         if self._divides_by_weights:  # all f_i >= 0, so nothing cancels
             ratio = torch.where(mean > 0, data_loss / torch.where(mean > 0, mean, 1.0), 1.0).detach()
             without_weights = (ratio - 1).abs() <= 8 * torch.finfo(ratio.dtype).eps
@@ -76,6 +78,8 @@ class Criterion:
                 f'expected one row per sample from {_name(self.source)} with reduction="none", got shape '
                 f"{tuple(values.shape)}"
             )
+        if values.dim() == 1:
+            return values
         rows = values.reshape(values.shape[0], -1)
         return rows.sum(1) if self.reduction in _SUMMED else rows.mean(1)
 
@@ -130,6 +134,22 @@ class Scalar:
     source: Callable[..., Tensor]
     function: Callable[[Any, Any], Tensor]
     target: Any
+
+    def is_cross_entropy_at(self, output: Tensor) -> bool:
+        """Whether f_i is F.cross_entropy of one class a sample, without weights or smoothing."""
+        known = self.source is F.cross_entropy or (
+            type(self.source) is nn.CrossEntropyLoss
+            and (self.source.weight, self.source.label_smoothing, self.source.ignore_index) == (None, 0.0, -100)
+            and not (self.source._forward_hooks or self.source._forward_pre_hooks)
+        )
+        return (
+            known
+            and isinstance(getattr(self.function, "__self__", None), Criterion)
+            and isinstance(self.target, Tensor)
+            and self.target.dtype == torch.int64
+            and output.dim() == 2
+            and self.target.shape == output.shape[:1]
+        )
 
     def __call__(self, output: Any) -> Tensor:
         """f of shape (B,)."""

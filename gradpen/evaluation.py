@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gradpen import _checks, finite_difference, gradients, mixing, param_norms
+from gradpen import _checks, chain_terms, finite_difference, gradients, mixing, param_norms
 from gradpen._graph import GraphWalk, check_derivable_twice, edge_of, walk_graph
 from gradpen._numerics import sum_tensors
 from gradpen.criteria import Criterion, Scalar
@@ -165,20 +165,41 @@ def evaluate_terms(
     """
     kinds = [term for term, _ in terms]
     parameters = check_call(model, kinds)
+    input_grad = any(isinstance(term, InputTerm) for term in kinds)
+    first_order = data is not None and _one_backward_pass_does(terms, data, create_graph)
+    requests = [
+        chain_terms.Request(term, chosen, scalar_key(term, criterion), term.scalar(criterion, y))
+        for (term, criterion), chosen in zip(terms, parameters, strict=True)
+    ]
+    is_constant = not any(tensor.requires_grad for tensor in tensors_of(x))  # nobody wants derivatives in x
+    perhaps_chain = is_constant and chain_terms.have_formulas(requests, first_order=first_order)
+
+    def by_formulas(recording: Recording) -> Evaluation | None:
+        wanted_data = (data, y) if data is not None and first_order else None
+        found = chain_terms.evaluate(model, recording, requests, create_graph=create_graph, data=wanted_data)
+        if found is None:
+            return None
+        return Evaluation(found.output, [GroupNorms(sq_norms) for sq_norms in found.sq_norms], found.data_loss)
+
+    if perhaps_chain and chain_terms.is_expected(model):
+        rng = RngState.capture(torch_alone=True)
+        evaluation = by_formulas(record_forward(model, x, input_grad=input_grad, calls=False, gated=False))
+        if evaluation is not None:
+            return evaluation
+        rng.restore()  # the forward pass has left no other trace
     displaced = any(term.method == "finite_difference" for term in kinds)
     repeated = displaced or any(needs_deltas(term) for term in kinds)  # perhaps, for parameters without closed form
     others = _OtherStreams.of(model) if repeated else None
     rng = RngState.capture(torch_alone=others is None or not others.to_be_read())
     buffers = copied_buffers(model) if displaced else None
     versions = _versions(x)
-    recording = record_forward(
-        model,
-        x,
-        input_grad=any(isinstance(term, InputTerm) for term in kinds),
-        calls=any(needs_deltas(term) for term in kinds),
-    )
+    calls = perhaps_chain or any(needs_deltas(term) for term in kinds)
+    recording = record_forward(model, x, input_grad=input_grad, calls=calls)
     if others is not None:
         others.moved = others.moved or rng.others_moved()
+    evaluation = by_formulas(recording) if perhaps_chain else None
+    if evaluation is not None:
+        return evaluation
     forward = _Pass(model, x, recording, rng, buffers, versions)
     if displaced:
         forward.check_repeatable()
@@ -189,11 +210,11 @@ def evaluate_terms(
         scalar.inputs |= isinstance(term, InputTerm) and term.method == "exact"
         scalar.deltas |= needs_deltas(term)
     known = data_loss = None
-    if data is not None and _one_backward_pass_does(terms, data, create_graph):
+    if data is not None and first_order:
         mean_f = scalars[_source_key(data.source)]
         known = mean_f.known_mean(x)
         value = data.data_loss(recording.output, y).detach()
-        multiple = data.over_mean(value, known.loss, mean_f.f.shape[0])
+        multiple = data.over_mean(value, known.loss, mean_f.f.shape[0], y)
         data_loss = value + multiple * (known.loss - known.loss.detach())
     norms = []
     for (term, criterion), chosen in zip(terms, parameters, strict=True):

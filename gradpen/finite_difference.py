@@ -179,8 +179,15 @@ def with_known_gradient(
     places: list[Any] = [*sources, *along]
     gradients = differentiate(loss, places)
     used = [(source, g) for source, g in zip(sources, gradients, strict=False) if g is not None]
-    replayed = _Replay.apply(loss.detach(), [g for _, g in used], *(source for source, _ in used))
-    return KnownGradient(replayed, {id(source): g for source, g in used}, list(gradients[len(sources) :]))
+    return known_gradient(loss.detach(), used, list(gradients[len(sources) :]))
+
+
+def known_gradient(
+    value: Tensor, gradients: Sequence[tuple[Tensor, Tensor]], along: Sequence[Tensor | None] = ()
+) -> KnownGradient:
+    """A scalar of this value whose gradients with respect to some tensors are these: (tensor, gradient) pairs."""
+    replayed = _Replay.apply(value, [gradient for _, gradient in gradients], *[source for source, _ in gradients])
+    return KnownGradient(replayed, {id(source): gradient for source, gradient in gradients}, list(along))
 
 
 class _Replay(torch.autograd.Function):
@@ -200,10 +207,13 @@ class _Replay(torch.autograd.Function):
         ):  # another device would make the host wait for the answer
             scaled = [gradient * grad_output for gradient in scaled]
         if torch.is_grad_enabled():  # create_graph=True: the gradients must not pass for constants
-            scaled = [
-                _DerivedOnce.apply(gradient, source) for gradient, source in zip(scaled, ctx.sources, strict=True)
-            ]
+            scaled = derived_once(scaled, ctx.sources)
         return None, None, *scaled
+
+
+def derived_once(gradients: Sequence[Tensor], sources: Sequence[Tensor]) -> list[Tensor]:
+    """Known gradients with respect to `sources`, as functions of them whose derivatives nobody knows: asking is an error."""
+    return [_DerivedOnce.apply(gradient, source) for gradient, source in zip(gradients, sources, strict=True)]
 
 
 class _DerivedOnce(torch.autograd.Function):

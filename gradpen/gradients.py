@@ -101,15 +101,19 @@ def projected_jacobian_sq_norm(
     """K · mean ‖J_iᵀ v‖² over directions v uniform on the unit sphere of the K outputs: unbiased for ‖J_i‖_F², (B,)."""
     check_differentiable(output)
     rows = output.reshape(output.shape[0], -1)
-    outputs = rows.shape[1]
     estimates = []
     for _ in range(num_projections):
-        normal = torch.randn(rows.shape, generator=generator, device=rows.device, dtype=torch.float32)
-        directions = (normal / normal.norm(dim=1, keepdim=True) * outputs**0.5).to(rows.dtype)
+        directions = random_directions(rows, generator)
         with recording.gate.towards_inputs():
             gradients = differentiate(rows, recording.inputs, directions, create_graph=True)
         estimates.append(input_sq_norm(_used(gradients)))
     return torch.stack(estimates).mean(0)
+
+
+def random_directions(outputs: Tensor, generator: torch.Generator | None) -> Tensor:
+    """√K v for every sample, v uniform on the unit sphere of the K outputs: shaped as they are, (B, K)."""
+    normal = torch.randn(outputs.shape, generator=generator, device=outputs.device, dtype=torch.float32)
+    return (normal / normal.norm(dim=1, keepdim=True) * outputs.shape[1] ** 0.5).to(outputs.dtype)
 
 
 def check_differentiable(f: Tensor) -> None:

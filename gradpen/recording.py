@@ -55,15 +55,17 @@ class Recording:
         inputs: the floating-point input tensors that the model was fed, in order; they require grad if asked to.
         calls: the parametric calls in the order in which they were made.
         gate: to be closed when all gradients with respect to the inputs have been taken.
+        is_hooked: somebody waits for gradients within the model, or for what its graph saves.
     """
 
     output: Any
     inputs: list[Tensor]
     calls: list[Call] = field(default_factory=list)
     gate: InputGate = field(default_factory=lambda: InputGate([]))
+    is_hooked: bool = False
 
 
-def record_forward(model: nn.Module, x: Any, *, input_grad: bool, calls: bool) -> Recording:
+def record_forward(model: nn.Module, x: Any, *, input_grad: bool, calls: bool, gated: bool = True) -> Recording:
     """Run ``model(x)`` once.
 
     Args:
@@ -71,6 +73,7 @@ def record_forward(model: nn.Module, x: Any, *, input_grad: bool, calls: bool) -
         x: a tensor, a tuple (passed as ``model(*x)``) or a dict (``model(**x)``).
         input_grad: make the floating-point inputs require grad (on detached aliases unless they do already).
         calls: record the parametric calls.
+        gated: give later backward passes no way to inputs that only gradpen asks for.
 
     Raises:
         TypeError: if `input_grad` and no input is a floating-point tensor.
@@ -83,13 +86,14 @@ def record_forward(model: nn.Module, x: Any, *, input_grad: bool, calls: bool) -
             "expected at least one floating-point input tensor to differentiate with respect to, got "
             f"{_describe(x)}: convert it (x.float()), or penalise an embedding instead of integer indices"
         )
-    if not (calls or input_grad):
-        return Recording(call_model(model, fed), inputs)
+    if not (calls or (input_grad and gated)):
+        with _in_place_explained(input_grad):
+            return Recording(call_model(model, fed), inputs, is_hooked=_saved_tensors_are_hooked())
     given = {id(tensor) for tensor in float_tensors(x)}
-    gate = InputGate([tensor for tensor in inputs if input_grad and id(tensor) not in given])
+    gate = InputGate([tensor for tensor in inputs if input_grad and gated and id(tensor) not in given])
     with CallRecorder(gate) as recorder, _in_place_explained(input_grad):
         output = call_model(model, fed)
-    return Recording(output, inputs, recorder.calls, gate)
+    return Recording(output, inputs, recorder.calls, gate, recorder.is_hooked or _saved_tensors_are_hooked())
 
 
 @contextlib.contextmanager
@@ -266,7 +270,7 @@ class InputGate:
     def _is_alias(self, tensor: Tensor) -> bool:
         """Whether `tensor` is one of the aliases or a view of one."""
         node = tensor.grad_fn
-        while node is not None and type(node).__name__ in _VIEW_NODES:
+        while node is not None and type(node).__name__ in _graph.VIEW_NODES:
             node = node.next_functions[0][0]
         leaf = tensor if tensor.is_leaf else getattr(node, "variable", None)
         return id(leaf) in self._aliases
@@ -278,9 +282,6 @@ def _saved_tensors_are_hooked() -> bool:
         return True
     top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return top_hooks is None or top_hooks(False) is not None
-
-
-_VIEW_NODES = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "UnsqueezeBackward0", "AliasBackward0")
 
 
 class _EntryLinear(torch.autograd.Function):
@@ -311,6 +312,7 @@ class CallRecorder(TorchFunctionMode):
     def __init__(self, gate: InputGate | None = None) -> None:
         super().__init__()
         self.calls: list[Call] = []
+        self.is_hooked = False
         self._gate = gate or InputGate([])
 
     def __torch_function__(
@@ -322,6 +324,7 @@ class CallRecorder(TorchFunctionMode):
     ) -> Any:
         read_arguments = LAYER_FUNCTIONS.get(func)
         if read_arguments is None:
+            self.is_hooked |= func in _HOOKING
             return func(*args, **(kwargs or {}))
         op, input, weight, bias, options = read_arguments(*args, **(kwargs or {}))
         if op == "linear" and input.dim() == 2 and weight is not None and self._gate.admits(input):
@@ -334,6 +337,7 @@ class CallRecorder(TorchFunctionMode):
         return output
 
 
+_HOOKING = (Tensor.register_hook, Tensor.retain_grad)
 _Arguments = tuple[str, Tensor, Tensor | None, Tensor | None, dict[str, Any]]
 
 

@@ -19,7 +19,17 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from gradpen import _checks, _graph, evaluation, finite_difference, gradients, mixing, param_norms, recording
+from gradpen import (
+    _checks,
+    _graph,
+    chain_terms,
+    evaluation,
+    finite_difference,
+    gradients,
+    mixing,
+    param_norms,
+    recording,
+)
 from gradpen.criteria import Criterion, scalar_per_sample
 from gradpen.evaluation import Evaluation, GroupNorms
 from gradpen.isolation import state_kept
@@ -474,5 +484,8 @@ def _checked_mixed_calls(
     model: nn.Module, f: Tensor, scalar: Callable[[Any], Tensor], forward: Recording, *, deltas: bool
 ) -> frozenset[int]:
     """`mixing.find_mixed_calls`, to hold for all batches of these shapes."""
+    if chain_terms.chain_of(forward) is not None:
+        mixing.check_scalar_rows(f, forward.output)
+        return frozenset()
     rows = gradients.sample_gradients(f.sum(), forward, inputs=not deltas, deltas=deltas, create_graph=False)
     return mixing.find_mixed_calls_for_good(model, f, scalar, forward, rows)

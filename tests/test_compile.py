@@ -244,8 +244,8 @@ class Growing(nn.Module):
         return x * self.scale
 
 
-def zero_head() -> nn.Module:
-    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+def zero_head(activation: nn.Module | None = None) -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 5), activation or nn.Mish(), nn.Linear(5, 3))
     nn.init.zeros_(model[2].weight)
     return model
 
@@ -306,6 +306,12 @@ def test_a_generator_is_refused():
     penalty = InputGradPenalty(of="output", method="projection", generator=torch.Generator())
     with pytest.raises(RuntimeError, match="expected no generator"):
         compiled(penalty)(small_mlp(), *batch_of())
+
+
+@needs_compilable_torch
+def test_rows_of_a_chain_of_dense_layers_need_not_be_tried_out():
+    model, (x, y) = zero_head(nn.Tanh()).double(), batch_of()
+    assert_same_step(PenalizedLoss(F.cross_entropy, InputGradPenalty(0.1), ParamGradPenalty(0.1)), model, x, y)
 
 
 @needs_compilable_torch

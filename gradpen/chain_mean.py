@@ -1,0 +1,192 @@
+r"""The mean of the f_i of a chain of dense layers with its gradient, and finite differences of it.
+
+`finite_difference` says what is computed. Here a difference costs two forward and two backward passes of the layers and one
+move of the parameters: the gradient at θ is added to that at θ + r u within the products of the latter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradpen._graph import save_tree, saved_tree
+from gradpen._numerics import divide_or_zero, sum_tensors
+from gradpen.chain_norms import Deltas, NormOf, deltas_of, mean_gradients
+from gradpen.cotangents import OfScalar
+from gradpen.dense_chain import DenseChain
+from gradpen.finite_difference import derived_once
+
+
+class Difference(NamedTuple):
+    """A norm of the gradient of the mean, differentiated by a difference quotient.
+
+    Attributes:
+        norm_of: over which parameters.
+        scheme: "forward", "backward" or "central".
+        step: length r of the displacement.
+    """
+
+    norm_of: NormOf
+    scheme: str
+    step: float
+
+    @property
+    def moves(self) -> list[tuple[float, float]]:
+        """(signed step, weight of the gradient there) of every displaced gradient in the quotient."""
+        match self.scheme:
+            case "forward":
+                return [(self.step, 1 / self.step)]
+            case "backward":
+                return [(-self.step, -1 / self.step)]
+        return [(self.step, 0.5 / self.step), (-self.step, -0.5 / self.step)]
+
+    @property
+    def weight_here(self) -> float:
+        """Weight of the gradient at θ."""
+        return -sum(weight for _, weight in self.moves)
+
+
+def mean_and_norms(
+    chain: DenseChain,
+    deltas: Deltas,
+    value: Tensor,
+    multiple: float | Tensor,
+    differences: Sequence[Difference],
+    cotangent_at: Callable[[Tensor], OfScalar],
+) -> tuple[Tensor, ...]:
+    """A multiple of mean_i f_i, and norms of the gradient of the mean, differentiable to first order: all 0-dim.
+
+    Args:
+        chain: the layers.
+        deltas: δ_t of the f_i.
+        value: that of the multiple of the mean.
+        multiple: what its gradient is a multiple by.
+        differences: the norms.
+        cotangent_at: ∂f_i/∂output at another output.
+    """
+    with torch.no_grad():
+        gradients = mean_gradients(chain, deltas)
+        norms = [_norm(gradients, difference.norm_of) for difference in differences]
+        displaced = [
+            _Displaced(place, weight, moved, cotangent_at(moved.output).value.detach())
+            for place, (difference, norm) in enumerate(zip(differences, norms, strict=True))
+            for signed_step, weight in difference.moves
+            for moved in [
+                _moved(chain, gradients, difference.norm_of, divide_or_zero(norm.new_tensor(1.0), norm) * signed_step)
+            ]
+        ]
+    here = [difference.weight_here for difference in differences]
+    return _MeanAndNorms.apply(value, multiple, gradients, norms, here, displaced, *chain.leaves)
+
+
+class _Displaced(NamedTuple):
+    """The layers with displaced parameters.
+
+    Attributes:
+        place: of the norm in whose quotient it is.
+        weight: of its gradient there.
+        chain: the layers.
+        cotangent: ∂f_i/∂output.
+    """
+
+    place: int
+    weight: float
+    chain: DenseChain
+    cotangent: Tensor
+
+
+Gradients = tuple[list[Tensor], list[Tensor | None]]  # of weights and biases
+
+
+def _counted(gradients: Gradients, norm_of: NormOf) -> list[Tensor]:
+    weights, biases = gradients
+    each = [*zip(weights, norm_of.weights, strict=True), *zip(biases, norm_of.biases, strict=True)]
+    return [gradient for gradient, counts in each if counts and gradient is not None]
+
+
+def _norm(gradients: Gradients, norm_of: NormOf) -> Tensor:
+    norms = [torch.linalg.vector_norm(gradient) for gradient in _counted(gradients, norm_of)]
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def _moved(chain: DenseChain, gradients: Gradients, norm_of: NormOf, scale: Tensor) -> DenseChain:
+    """The same layers, and the same dropout masks, where the parameters that count are displaced by scale · gradient."""
+    weights = [
+        torch.addcmul(weight, gradient, scale) if counts else weight
+        for weight, gradient, counts in zip(chain.weights, gradients[0], norm_of.weights, strict=True)
+    ]
+    biases = [
+        bias if bias is None or gradient is None or not counts else torch.addcmul(bias, gradient, scale)
+        for bias, gradient, counts in zip(chain.biases, gradients[1], norm_of.biases, strict=True)
+    ]
+    return chain.with_parameters(weights, biases)
+
+
+class _MeanAndNorms(torch.autograd.Function):
+    """Leaves → a multiple of the mean, and norms of its gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        value: Tensor,
+        multiple: float | Tensor,
+        gradients: Gradients,
+        norms: list[Tensor],
+        here: list[float],
+        displaced: list[_Displaced],
+        *leaves: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        save_tree(ctx, (multiple, gradients, norms, here, displaced, leaves))
+        return value.clone(), *[norm.clone() for norm in norms]
+
+    @staticmethod
+    def backward(ctx: Any, of_value: Tensor | None, *of_norms: Tensor | None) -> tuple[Tensor | None, ...]:
+        multiple, gradients, norms, here, displaced, leaves = saved_tree(ctx)
+        with torch.no_grad():
+            of_norms = tuple(  # none where the norm is 0
+                None if of_norm is None else torch.where(norm > 0, of_norm, 0.0)
+                for of_norm, norm in zip(of_norms, norms, strict=True)
+            )
+            scales = [] if of_value is None else [of_value * multiple]
+            scales += [of_norm * weight for of_norm, weight in zip(of_norms, here, strict=True) if of_norm is not None]
+            there = [
+                (chain, cotangent * (of_norms[place] * weight))
+                for place, weight, chain, cotangent in displaced
+                if of_norms[place] is not None
+            ]
+            found = _combined(gradients, sum_tensors(scales), there)
+        if torch.is_grad_enabled():
+            found = derived_once(found, leaves)
+        return (None,) * 6 + tuple(found)
+
+
+def _combined(gradients: Gradients, scale: Tensor, there: Sequence[tuple[DenseChain, Tensor]]) -> list[Tensor]:
+    """scale · gradients + Σ ∇ mean_i f_i of other chains, whose ∂f_i/∂output are given; weights first, then biases."""
+    weights, biases = gradients
+    known = [*weights, *[bias for bias in biases if bias is not None]]
+    factor = float(scale) if scale.device.type == "cpu" else None  # another device would make the host wait for it
+    if not there:
+        return known if factor == 1 else [gradient * scale for gradient in known]
+    if factor is None:
+        known, factor = [gradient * scale for gradient in known], 1.0
+    found = known
+    for place, (chain, cotangent) in enumerate(there):
+        found = _plus_mean_gradients(found, factor if place == 0 else 1.0, chain, cotangent)
+    return found
+
+
+def _plus_mean_gradients(total: Sequence[Tensor], factor: float, chain: DenseChain, cotangent: Tensor) -> list[Tensor]:
+    """factor · total + ∇ mean_i f_i, weights first, then biases; the sum is made within the products."""
+    deltas = deltas_of(chain, cotangent, ()).at
+    scale = 1 / len(cotangent)
+    n = len(deltas)
+    weights = [
+        torch.addmm(gradient, delta.t(), h, beta=factor, alpha=scale)
+        for gradient, delta, h in zip(total[:n], deltas, chain.hidden, strict=True)
+    ]
+    with_bias = [delta for delta, bias in zip(deltas, chain.biases, strict=True) if bias is not None]
+    return weights + [g * factor + delta.mean(0) for g, delta in zip(total[n:], with_bias, strict=True)]

@@ -1,0 +1,313 @@
+r"""Squared gradient norms of a chain of dense layers, and their derivatives, as formulas.
+
+With δ_t = ∂f/∂z_t, where h_{t+1} = g_t(z_t) and z_t = W_t h_t + b_t for t = 1 … n, and ∂f/∂z_n given,
+
+    δ_t = g_t'(z_t) ⊙ (W_{t+1}ᵀ δ_{t+1}),     ∇_x f = W_1ᵀ δ_1,     ∇_{W_t} f = δ_t h_tᵀ,     ∇_{b_t} f = δ_t.
+
+The derivatives of squared norms of these are formulas, too: cotangents of the δ_t run forward through the layers and leave
+cotangents of W_t, h_t and z_t, which join the backward pass of the loss. Output and squared norms are one node of the graph,
+so that every gradient of a weight is one tensor from the beginning, to which the products of the loss are added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradpen._graph import save_tree, saved_tree
+from gradpen._numerics import row_sq_norm, sum_tensors, total_sq_norm
+from gradpen.cotangents import Cotangent
+from gradpen.dense_chain import DenseChain
+
+Row = tuple[Tensor | None, ...]  # something for every layer
+
+
+class NormOf(NamedTuple):
+    """Which squared norm, over which of the parameters.
+
+    Attributes:
+        what: "input" for ‖∇_x f_i‖², "sample" for ‖∇_θ f_i‖², "batch" for ‖∇_θ mean_i f_i‖².
+        weights: whether W_t is part of θ, for every layer.
+        biases: whether b_t is part of θ.
+    """
+
+    what: str
+    weights: tuple[bool, ...] = ()
+    biases: tuple[bool, ...] = ()
+
+
+class Deltas(NamedTuple):
+    """What a backward pass through the layers leaves.
+
+    Attributes:
+        at: δ_t, (B, n_t).
+        before: W_{t+1}ᵀ δ_{t+1}, (B, n_t), for t < n where the elementwise function is curved; else None.
+        entry: ∇_x f, (B, n_0), if asked for.
+    """
+
+    at: tuple[Tensor, ...]
+    before: Row
+    entry: Tensor | None
+
+
+# --- values --------------------------------------------------------------------------------------------------------
+
+
+def deltas_of(chain: DenseChain, cotangent: Tensor, norms: Sequence[NormOf]) -> Deltas:
+    """δ_t of every layer from ∂f_i/∂output, (B, n_n), and ∇_x f if one of the norms is that of it."""
+    at: list[Tensor] = [cotangent]
+    before: list[Tensor | None] = []
+    for weight, between in zip(reversed(chain.weights[1:]), reversed(chain.between), strict=True):
+        pushed = at[-1] @ weight
+        before.append(pushed if between.is_curved else None)
+        at.append(between.pull(pushed) if between.is_curved else between.pull_into(pushed))
+    entry = at[-1] @ chain.weights[0] if any(norm.what == "input" for norm in norms) else None
+    return Deltas(tuple(reversed(at)), tuple(reversed(before)), entry)
+
+
+def sq_norms(chain: DenseChain, deltas: Deltas, norms: Sequence[NormOf]) -> list[Tensor]:
+    """The squared norms that are asked for: (B,), or (1,) for "batch"."""
+    return [_sq_norm(deltas, norm, _factors(chain, deltas, norm)) for norm in norms]
+
+
+def mean_gradients(chain: DenseChain, deltas: Deltas) -> tuple[list[Tensor], list[Tensor | None]]:
+    """∇ mean_i f_i of every weight, and of every bias that there is."""
+    zero, scale = deltas.at[0].new_zeros(1), 1 / len(chain.hidden[0])  # divided within the product
+    weights = [
+        torch.addmm(zero, delta.t(), h, beta=0, alpha=scale) for delta, h in zip(deltas.at, chain.hidden, strict=True)
+    ]
+    biases = [None if bias is None else delta.mean(0) for delta, bias in zip(deltas.at, chain.biases, strict=True)]
+    return weights, biases
+
+
+def _factors(chain: DenseChain, deltas: Deltas, norm: NormOf) -> tuple[Row, ...]:
+    """What the squared norm is made of, by layer; `_NUM_FACTORS` rows.
+
+    For single samples 1 + ‖h_t‖² and ‖δ_t‖², (B,); for the batch the gradients of W_t and b_t. None where nothing counts.
+    """
+    which = list(zip(norm.weights, norm.biases, strict=True))
+    if norm.what == "sample":
+        sizes = tuple([_size(h, *counted) for h, counted in zip(chain.hidden, which, strict=True)])
+        return sizes, tuple(
+            [row_sq_norm(d) if any(counted) else None for d, counted in zip(deltas.at, which, strict=True)]
+        )
+    if norm.what == "batch":
+        weights, biases = mean_gradients(chain, deltas)
+        return _only(weights, norm.weights), _only(biases, norm.biases)
+    return ()
+
+
+_NUM_FACTORS = {"input": 0, "sample": 2, "batch": 2}
+
+
+def _size(h: Tensor, weight: bool, bias: bool) -> Tensor | None:
+    """1 + ‖h‖², (B,), or what of it belongs to the weight or to the bias."""
+    if not weight:
+        return h.new_ones(len(h)) if bias else None
+    return row_sq_norm(h) + 1 if bias else row_sq_norm(h)
+
+
+def _only(row: Sequence[Tensor | None], wanted: Sequence[bool]) -> Row:
+    return tuple([tensor if is_wanted else None for tensor, is_wanted in zip(row, wanted, strict=True)])
+
+
+def _sq_norm(deltas: Deltas, norm: NormOf, factors: Sequence[Row]) -> Tensor:
+    if norm.what == "input":
+        assert deltas.entry is not None
+        return row_sq_norm(deltas.entry)
+    if norm.what == "batch":
+        found = [gradient for row in factors for gradient in row if gradient is not None]
+        return total_sq_norm(found).reshape(1)
+    pairs = [(size, square) for size, square in zip(*factors, strict=True) if size is not None and square is not None]
+    return sum_tensors([size * square for size, square in pairs])
+
+
+# --- derivatives ---------------------------------------------------------------------------------------------------
+
+
+class Measured(NamedTuple):
+    """Norms of the gradients of one f."""
+
+    cotangent: Cotangent
+    norms: tuple[NormOf, ...]
+
+
+def differentiable_sq_norms(chain: DenseChain, measured: Sequence[Measured]) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
+    """The output and, for each f, its squared norms, as functions of the parameters: one node of the graph."""
+    output, *found = _Chain.apply(chain, tuple(measured), *chain.leaves)
+    remaining = iter(found)
+    return output, [tuple(islice(remaining, len(norms))) for _, norms in measured]
+
+
+class _Chain(torch.autograd.Function):
+    """Leaves → output and squared norms."""
+
+    @staticmethod
+    def forward(ctx: Any, chain: DenseChain, measured: tuple[Measured, ...], *leaves: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.measured = measured
+        kept, found = [], []
+        for cotangent, norms in measured:
+            deltas = deltas_of(chain, cotangent.value, norms)
+            factors = [_factors(chain, deltas, norm) for norm in norms]
+            kept.append((deltas, factors))
+            found += [_sq_norm(deltas, norm, its_factors) for norm, its_factors in zip(norms, factors, strict=True)]
+        save_tree(ctx, (chain, kept))
+        return chain.output.detach(), *found
+
+    @staticmethod
+    def backward(ctx: Any, delta: Tensor | None, *of_norms: Tensor | None) -> tuple[Tensor | None, ...]:
+        chain, kept = saved_tree(ctx)
+        remaining = iter(of_norms)
+        gathered = _Gathered.empty(len(chain.weights))
+        for (cotangent, norms), (deltas, factors) in zip(ctx.measured, kept, strict=True):
+            if torch.is_grad_enabled():  # create_graph=True: what was saved must not pass for constants
+                cotangent = cotangent.at(chain.output)
+                deltas = deltas_of(chain, cotangent.value, norms)
+                factors = [_factors(chain, deltas, norm) for norm in norms]
+            given = list(islice(remaining, len(norms)))
+            each = zip(norms, given, factors, strict=True)
+            wanted = [_Wanted(norm, of_norm, its_factors) for norm, of_norm, its_factors in each if of_norm is not None]
+            of_cotangent = _sweep_forward(chain, deltas, wanted, gathered)
+            if of_cotangent is not None:
+                delta = _add(delta, cotangent.pull(of_cotangent))
+        weights, biases = _sweep_backward(chain, delta, gathered)
+        return (
+            None,
+            None,
+            *weights,
+            *[grad for grad, bias in zip(biases, chain.biases, strict=True) if bias is not None],
+        )
+
+
+class _Wanted(NamedTuple):
+    """A squared norm that the loss depends on."""
+
+    norm: NormOf
+    of_norm: Tensor  # its cotangent: (B,) or (1,)
+    factors: Sequence[Row]
+
+    @property
+    def twice(self) -> Tensor:
+        """The factor of every square's derivative: (B, 1) or (1, 1)."""
+        return 2 * self.of_norm.unsqueeze(1)
+
+
+class _Gathered(NamedTuple):
+    """Cotangents, by layer, that do not come by way of the output."""
+
+    weights: list[Tensor | None]
+    hidden: list[Tensor | None]
+    scales: list[Tensor | None]  # (B, 1): what h_t is to be multiplied by for more of its cotangent
+    saved: list[Tensor | None]  # of what the elementwise functions saved
+
+    @classmethod
+    def empty(cls, n: int) -> _Gathered:
+        return cls([None] * n, [None] * n, [None] * n, [None] * n)
+
+
+def _sweep_forward(chain: DenseChain, deltas: Deltas, wanted: Sequence[_Wanted], gathered: _Gathered) -> Tensor | None:
+    """From the cotangents of squared norms to that of ∂f_i/∂output; adds to `gathered` what it meets on the way."""
+    of_delta = None
+    by_layer = []
+    for each in wanted:
+        twice = each.twice
+        if each.norm.what == "input":
+            assert deltas.entry is not None
+            of_entry = deltas.entry * twice
+            gathered.weights[0] = _add_product(gathered.weights[0], deltas.at[0], of_entry)
+            of_delta = _push(of_delta, of_entry, chain.weights[0].t())
+        else:
+            by_layer.append((each, twice))
+    last = len(chain.weights) - 1
+    for t, (delta, h) in enumerate(zip(deltas.at, chain.hidden, strict=True)):
+        for each, twice in by_layer:
+            first, second = [row[t] for row in each.factors]
+            with_h = t > 0 and each.norm.weights[t]
+            if each.norm.what == "batch":
+                of_delta, of_h = _through_batch_norm(of_delta, delta, h, twice, first, second, with_h)
+                gathered.hidden[t] = _add(gathered.hidden[t], of_h)
+            elif first is not None and second is not None:  # (1 + ‖h_t‖²) ‖δ_t‖²
+                of_delta = _add_scaled(of_delta, delta, first.unsqueeze(1) * twice)
+                gathered.scales[t] = _add(gathered.scales[t], second.unsqueeze(1) * twice if with_h else None)
+        if of_delta is None or t == last:
+            continue
+        between = chain.between[t]
+        if between.is_curved:
+            before = deltas.before[t]
+            assert before is not None
+            gathered.saved[t] = _add(gathered.saved[t], between.of_saved(before, of_delta))
+        of_pushed = between.pull_into(of_delta)
+        gathered.weights[t + 1] = _add_product(gathered.weights[t + 1], deltas.at[t + 1], of_pushed)
+        of_delta = of_pushed @ chain.weights[t + 1].t()
+    return of_delta
+
+
+def _sweep_backward(chain: DenseChain, delta: Tensor | None, gathered: _Gathered) -> tuple[Row, Row]:
+    """From the cotangent of the output to those of weights and biases; uses up what was gathered."""
+    n = len(chain.weights)
+    weights: list[Tensor | None] = [None] * n
+    biases: list[Tensor | None] = [None] * n
+    for t in reversed(range(n)):
+        weights[t] = _add_product(gathered.weights[t], delta, chain.hidden[t])
+        if delta is not None and chain.biases[t] is not None:
+            biases[t] = delta.sum(0)
+        if t > 0:
+            pushed = _push(gathered.hidden[t], delta, chain.weights[t])
+            scale = gathered.scales[t]
+            if scale is not None:
+                pushed = _add_scaled(pushed, chain.hidden[t], scale)
+            of_saved = gathered.saved[t - 1]
+            if pushed is None and of_saved is not None:
+                pushed = torch.zeros_like(of_saved)
+            delta = None if pushed is None else chain.between[t - 1].pull_into(pushed, of_saved)
+    return tuple(weights), tuple(biases)
+
+
+def _through_batch_norm(
+    of_delta: Tensor | None,
+    delta: Tensor,
+    h: Tensor,
+    twice: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    with_h: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Cotangents of δ_t, added to what there is, and of h_t from that of ‖Σ_i δ_i h_iᵀ/B‖² + ‖Σ_i δ_i/B‖²."""
+    scale = twice / len(h)
+    if weight is None:
+        return _add(of_delta, None if bias is None else bias * scale.expand(len(delta), 1)), None
+    to_delta = h @ weight.t() if bias is None else torch.addmm(bias, h, weight.t())
+    return _add_scaled(of_delta, to_delta, scale), (delta @ weight) * scale if with_h else None
+
+
+def _add(total: Tensor | None, more: Tensor | None) -> Tensor | None:
+    if total is None or more is None:
+        return more if total is None else total
+    return total + more
+
+
+def _add_scaled(total: Tensor | None, more: Tensor, scale: Tensor) -> Tensor:
+    """Total + more · scale, written over the total."""
+    if total is None:
+        return more * scale
+    return torch.addcmul(total, more, scale) if torch.is_grad_enabled() else total.addcmul_(more, scale)
+
+
+def _add_product(total: Tensor | None, delta: Tensor | None, h: Tensor) -> Tensor | None:
+    """Total + δᵀ h, written over the total."""
+    if total is None or delta is None:
+        return total if delta is None else delta.t() @ h
+    out = None if torch.is_grad_enabled() else total  # in the form that torch.utils.flop_counter knows
+    return torch.addmm(total, delta.t(), h, out=out)
+
+
+def _push(total: Tensor | None, delta: Tensor | None, weight: Tensor) -> Tensor | None:
+    """Total + δ W."""
+    if total is None or delta is None:
+        return total if delta is None else delta @ weight
+    return torch.addmm(total, delta, weight)

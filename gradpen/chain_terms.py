@@ -1,0 +1,244 @@
+"""Squared norms for models that are chains of dense layers, by formulas: the same numbers, at less cost.
+
+`recorded forward → is it a chain? → f on its output → ∂f/∂output → squared norms`
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gradpen import mixing
+from gradpen._graph import check_derivable_twice, walk_graph
+from gradpen.chain_mean import Difference, mean_and_norms
+from gradpen.chain_norms import Measured, NormOf, deltas_of, differentiable_sq_norms, sq_norms
+from gradpen.cotangents import Constant, Cotangent, OfCrossEntropy, OfScalar, cotangent_of
+from gradpen.criteria import Criterion, Scalar
+from gradpen.dense_chain import DenseChain, read_chain
+from gradpen.gradients import random_directions
+from gradpen.recording import Recording
+from gradpen.terms import InputTerm, ParamTerm, Term
+
+
+class Request(NamedTuple):
+    """What is asked for.
+
+    Attributes:
+        term: which squared norm.
+        parameters: name → parameter, those that count.
+        key: equal for requests of the same f.
+        function: the model's output → f.
+    """
+
+    term: Term
+    parameters: Mapping[str, nn.Parameter]
+    key: Any
+    function: Scalar
+
+
+class Found(NamedTuple):
+    """What is given.
+
+    Attributes:
+        output: of the model.
+        sq_norms: one tensor for each request.
+        data_loss: the data loss with its gradient, if that was found on the way.
+    """
+
+    output: Tensor
+    sq_norms: list[Tensor]
+    data_loss: Tensor | None
+
+
+def have_formulas(requests: Sequence[Request], *, first_order: bool) -> bool:
+    """Whether all that is asked for, and something is, can be had from a chain; `first_order`: as `evaluate` with `data`."""
+    return bool(requests) and all(
+        _has_formula(request) or (first_order and _difference(request) is not None) for request in requests
+    )
+
+
+def is_expected(model: nn.Module) -> bool:
+    """Whether the model was a chain when last seen, and a forward pass leaves no trace but in torch's random streams.
+
+    Then it need not be recorded for the case that it is no chain any more: it can be run again.
+    """
+    return _was_chain.get(model, False) and all(
+        type(module) in _PURE and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+        for module in model.modules()
+    )
+
+
+_was_chain: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+_PURE = {
+    *(nn.Sequential, nn.Flatten, nn.Linear, nn.Dropout, nn.Identity),
+    *(nn.ReLU, nn.LeakyReLU, nn.Tanh, nn.Sigmoid, nn.GELU, nn.SiLU, nn.Softplus, nn.ELU, nn.SELU),
+}
+
+
+def evaluate(
+    model: nn.Module,
+    recording: Recording,
+    requests: Sequence[Request],
+    *,
+    create_graph: bool,
+    data: tuple[Criterion, Any] | None,
+) -> Found | None:
+    """All requests, which `have_formulas`; None if the model is no chain, or f depends on more than its output.
+
+    Args:
+        model: the model.
+        recording: its forward pass.
+        requests: what is asked for.
+        create_graph: keep the squared norms differentiable.
+        data: criterion and target of the data loss, if all requests are of the f_i that it is made of and need no more than
+            first derivatives, so that its gradient comes with theirs.
+
+    Raises:
+        RuntimeError: if f_i depends on the output of other samples than i.
+    """
+    chain = None if recording.is_hooked else chain_of(recording)
+    found = None
+    if chain is not None:
+        if data is None:
+            found = _by_formulas(model, chain, requests, create_graph)
+        else:
+            found = _with_data_loss(model, chain, requests, *data)
+    _was_chain[model] = found is not None
+    return found
+
+
+def _by_formulas(model: nn.Module, chain: DenseChain, requests: Sequence[Request], create_graph: bool) -> Found | None:
+    norms = [_norm_of(request, chain) for request in requests]
+    groups = _by_scalar(requests)
+    cotangents: dict[int, Cotangent] = {}  # by the first place of the group
+    for places in groups:
+        if _projection(requests[places[0]]) is None:
+            wanted = [norms[place] for place in places]
+            cotangent = _cotangent_of(model, chain.output, requests[places[0]], wanted, create_graph)
+            if cotangent is None:
+                return None
+            cotangents[places[0]] = cotangent
+    measured: list[Measured] = []
+    for places in groups:
+        wanted_norms = tuple([norms[place] for place in places])
+        projection = _projection(requests[places[0]])
+        if projection is None:
+            measured.append(Measured(cotangents[places[0]], wanted_norms))
+        else:
+            directions = [
+                random_directions(chain.output, projection.generator) for _ in range(projection.num_projections)
+            ]
+            measured += [Measured(Constant(direction), wanted_norms) for direction in directions]
+    output = chain.output
+    found: Sequence[Sequence[Tensor]]
+    if create_graph:
+        output, found = differentiable_sq_norms(chain, measured)
+    else:
+        with torch.no_grad():
+            found = [sq_norms(chain, deltas_of(chain, c.value, wanted), wanted) for c, wanted in measured]
+    values: dict[int, Tensor] = {}
+    remaining = iter(found)
+    for places in groups:
+        projection = _projection(requests[places[0]])
+        if projection is None:
+            values |= zip(places, next(remaining), strict=True)
+        else:
+            estimates = [estimate for (estimate,) in islice(remaining, projection.num_projections)]
+            values[places[0]] = torch.stack(estimates).mean(0)
+    return Found(output, [values[place] for place in range(len(requests))], None)
+
+
+def _with_data_loss(
+    model: nn.Module, chain: DenseChain, requests: Sequence[Request], data: Criterion, target: Any
+) -> Found | None:
+    """All requests are of the f_i that the data loss is made of, and need first derivatives only."""
+    norms = [_norm_of(request, chain) for request in requests]
+    cotangent = _cotangent_of(model, chain.output, requests[0], norms, create_graph=False)
+    if cotangent is None:
+        return None
+    exact = [norm for norm, request in zip(norms, requests, strict=True) if _difference(request) is None]
+    differences = [
+        Difference(norm, term.scheme, term.step)
+        for norm, request in zip(norms, requests, strict=True)
+        if (term := _difference(request)) is not None
+    ]
+    with torch.no_grad():
+        deltas = deltas_of(chain, cotangent.value, exact)
+        values = iter(sq_norms(chain, deltas, exact))
+        value = data.data_loss(chain.output, target)
+        multiple = data.over_mean(value, cotangent.f.mean(), len(chain.output), target)
+    data_loss, *roots = mean_and_norms(chain, deltas, value, multiple, differences, cotangent.at)
+    squared = iter([root.square().reshape(1) for root in roots])
+    found = [next(values if _difference(request) is None else squared) for request in requests]
+    return Found(chain.output, found, data_loss)
+
+
+def chain_of(recording: Recording) -> DenseChain | None:
+    """The model as a chain, if it is one: from the very input on, where that requires grad."""
+    differentiable = [tensor for tensor in recording.inputs if tensor.requires_grad]
+    if not differentiable:
+        return read_chain(recording.output, None)
+    return read_chain(recording.output, differentiable[0]) if len(recording.inputs) == 1 else None
+
+
+def _has_formula(request: Request) -> bool:
+    term = request.term
+    if isinstance(term, InputTerm):
+        return _projection(request) is not None or (term.method == "exact" and term.of != "output")
+    return term.method == "exact" and term.over in ("sample", "batch")
+
+
+def _difference(request: Request) -> ParamTerm | None:
+    """The term, if it asks for a finite difference over the batch."""
+    term = request.term
+    is_difference = isinstance(term, ParamTerm) and term.method == "finite_difference" and term.over == "batch"
+    return term if isinstance(term, ParamTerm) and is_difference else None
+
+
+def _projection(request: Request) -> InputTerm | None:
+    """The term, if it asks for random directions of the output."""
+    term = request.term
+    return term if isinstance(term, InputTerm) and term.method == "projection" else None
+
+
+def _by_scalar(requests: Sequence[Request]) -> list[list[int]]:
+    """Places of the requests, those of one f together; a projection has directions of its own."""
+    groups: dict[Any, list[int]] = {}
+    for place, request in enumerate(requests):
+        key = ("projection", place) if _projection(request) else ("f", request.key)
+        groups.setdefault(key, []).append(place)
+    return list(groups.values())
+
+
+def _norm_of(request: Request, chain: DenseChain) -> NormOf:
+    if isinstance(request.term, InputTerm):
+        return NormOf("input", *[(False,) * len(chain.weights)] * 2)
+    counted = {id(parameter) for parameter in request.parameters.values()}
+    weights = tuple([id(weight) in counted for weight in chain.weights])
+    return NormOf(str(request.term.over), weights, tuple([id(bias) in counted for bias in chain.biases]))
+
+
+def _cotangent_of(
+    model: nn.Module, output: Tensor, request: Request, norms: Sequence[NormOf], create_graph: bool
+) -> OfScalar | None:
+    """∂f_i/∂output, or None if anything else that can be differentiated leads to f, or not even that."""
+    cotangent = cotangent_of(request.function, output)
+    if isinstance(cotangent, OfCrossEntropy):
+        return cotangent
+    f = cotangent.f
+    if not f.requires_grad or f.shape != output.shape[:1]:
+        return None
+    walk = walk_graph(f)
+    if any(leaf is not cotangent.output for leaf in walk.leaves.values()):
+        return None
+    if create_graph:
+        check_derivable_twice(walk, [cotangent.output])
+    if any(norm.what != "batch" for norm in norms):
+        alone = Recording(cotangent.output, [cotangent.output])
+        mixing.check_inputs_unmixed(model, f, request.function, alone, walk)
+    return cotangent

@@ -1,0 +1,128 @@
+"""∂f_i/∂output, and how it depends on the output: what the formulas for a chain of dense layers begin with."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gradpen._graph import differentiate
+from gradpen.criteria import Scalar
+
+aten = torch.ops.aten
+
+
+class Cotangent(Protocol):
+    """∂f_i/∂output at an output (B, K)."""
+
+    @property
+    def value(self) -> Tensor:
+        """(B, K)."""
+
+    def pull(self, of_value: Tensor) -> Tensor | None:
+        """The cotangent of the output from that of `value`; None if this does not depend on the output."""
+
+    def at(self, output: Tensor) -> Cotangent:
+        """The same at another output. Where gradients are on, `value` and `pull` can be differentiated."""
+
+
+class OfScalar(Cotangent, Protocol):
+    """That of an f which is known."""
+
+    @property
+    def f(self) -> Tensor:
+        """(B,)."""
+
+    def at(self, output: Tensor) -> OfScalar:
+        """The same at another output. Where gradients are on, `value` and `pull` can be differentiated."""
+
+
+def cotangent_of(function: Scalar, output: Tensor) -> ByAutograd | OfCrossEntropy:
+    """∂f_i/∂output at an output without a graph."""
+    if function.is_cross_entropy_at(output):
+        return OfCrossEntropy(function, output)
+    return ByAutograd(function, output.detach().requires_grad_())
+
+
+class ByAutograd:
+    """Of any f.
+
+    Attributes:
+        f: (B,).
+        output: what it depends on.
+    """
+
+    def __init__(self, function: Scalar, output: Tensor) -> None:
+        self.function, self.output = function, output
+        with torch.enable_grad():
+            self.f = function(output)
+
+    @cached_property
+    def value(self) -> Tensor:
+        """∂f_i/∂output."""
+        with torch.enable_grad():
+            (value,) = differentiate(self.f, [self.output], torch.ones_like(self.f), create_graph=True)
+        return torch.zeros_like(self.output) if value is None else value
+
+    def pull(self, of_value: Tensor) -> Tensor | None:
+        """The cotangent of the output from that of `value`."""
+        if not self.value.requires_grad:
+            return None
+        (found,) = differentiate(self.value, [self.output], of_value, create_graph=torch.is_grad_enabled())
+        return found
+
+    def at(self, output: Tensor) -> OfScalar:
+        """At another output."""
+        return ByAutograd(self.function, output) if torch.is_grad_enabled() else cotangent_of(self.function, output)
+
+
+class OfCrossEntropy:
+    """Of the cross entropy of one class a sample: softmax − one-hot, by the kernels that autograd takes for it.
+
+    Attributes:
+        f: (B,).
+        value: ∂f_i/∂output; 0 for targets that are ignored.
+    """
+
+    @torch.no_grad()
+    def __init__(self, function: Scalar, output: Tensor) -> None:
+        self._function = function
+        self._log_softmax = torch.log_softmax(output, 1)
+        target = function.target
+        self.f, total = aten.nll_loss_forward(self._log_softmax, target, None, _UNREDUCED, IGNORED)
+        ones = torch.ones_like(self.f)
+        minus_one_hot = aten.nll_loss_backward(ones, self._log_softmax, target, None, _UNREDUCED, IGNORED, total)
+        self.value = aten._log_softmax_backward_data(minus_one_hot, self._log_softmax, 1, output.dtype)
+
+    def pull(self, of_value: Tensor) -> Tensor:
+        """The cotangent of the output from that of `value`."""
+        counted = (self._function.target != IGNORED).unsqueeze(1)
+        return aten._softmax_backward_data(of_value, self._log_softmax.exp() * counted, 1, of_value.dtype)
+
+    def at(self, output: Tensor) -> OfScalar:
+        """At another output."""
+        return ByAutograd(self._function, output) if torch.is_grad_enabled() else cotangent_of(self._function, output)
+
+
+class Constant:
+    """Directions that depend on nothing.
+
+    Attributes:
+        value: (B, K).
+    """
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+    def pull(self, of_value: Tensor) -> None:
+        """There is nothing to pull back to."""
+
+    def at(self, output: Tensor) -> Constant:
+        """The same wherever."""
+        return self
+
+
+IGNORED = -100  # the target that F.cross_entropy leaves out
+_UNREDUCED = 0  # torch's number of reduction="none"

@@ -1,0 +1,305 @@
+"""Models that are dense layers with elementwise functions between them, read from the graph of their output.
+
+The graph says what a model computed, however it is written: as nn.Sequential, as a module with a forward of its own, or in
+functions. Where anything else is found, or anything that this file does not know, the model is no chain of dense layers, and
+its gradients are left to autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gradpen._graph import VIEW_NODES
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Kind:
+    """An elementwise function g as autograd knows it.
+
+    Attributes:
+        saved: attribute of its node that holds a tensor: "_saved_result" (g(z)) or "_saved_self" (z).
+        options: attributes that hold its other arguments, as `value` takes them.
+        value: (z, *options) → g(z).
+        backward: (cotangent, saved tensor, *options) → cotangent ⊙ g'(z), which autograd can differentiate.
+        backward_into: the same, written over the cotangent.
+        piecewise_linear: g'' = 0 wherever it exists.
+    """
+
+    saved: str
+    options: tuple[str, ...]
+    value: Callable[..., Tensor]
+    backward: Callable[..., Tensor]
+    backward_into: Callable[..., Tensor] | None = None
+    piecewise_linear: bool = False
+
+
+def _relu_backward(cotangent: Tensor, result: Tensor) -> Tensor:
+    return aten.threshold_backward(cotangent, result, 0)
+
+
+def _relu_backward_into(cotangent: Tensor, result: Tensor) -> Tensor:
+    return aten.threshold_backward.grad_input(cotangent, result, 0, grad_input=cotangent)
+
+
+def _leaky_relu_backward(cotangent: Tensor, z: Tensor, slope: float) -> Tensor:
+    return aten.leaky_relu_backward(cotangent, z, slope, False)
+
+
+def _gelu(z: Tensor, approximate: str) -> Tensor:
+    return F.gelu(z, approximate=approximate)
+
+
+def _gelu_backward(cotangent: Tensor, z: Tensor, approximate: str) -> Tensor:
+    return aten.gelu_backward(cotangent, z, approximate=approximate)
+
+
+def _silu_backward(cotangent: Tensor, z: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return aten.silu_backward(cotangent, z)
+    sigmoid = z.sigmoid()  # torch has no derivative of its kernel
+    return cotangent * sigmoid * (1 + z * (1 - sigmoid))
+
+
+def _elu(z: Tensor, alpha: float, scale: float, input_scale: float) -> Tensor:
+    return aten.elu(z, alpha, scale, input_scale)
+
+
+def _elu_backward(cotangent: Tensor, z: Tensor, alpha: float, scale: float, input_scale: float) -> Tensor:
+    return aten.elu_backward(cotangent, alpha, scale, input_scale, False, z)
+
+
+KINDS: dict[str, Kind] = {  # by the name of the node
+    "ReluBackward0": Kind("_saved_result", (), F.relu, _relu_backward, _relu_backward_into, piecewise_linear=True),
+    "LeakyReluBackward0": Kind(
+        "_saved_self", ("_saved_negative_slope",), F.leaky_relu, _leaky_relu_backward, piecewise_linear=True
+    ),
+    "TanhBackward0": Kind("_saved_result", (), torch.tanh, aten.tanh_backward),
+    "SigmoidBackward0": Kind("_saved_result", (), torch.sigmoid, aten.sigmoid_backward),
+    "GeluBackward0": Kind("_saved_self", ("_saved_approximate",), _gelu, _gelu_backward),
+    "SiluBackward0": Kind("_saved_self", (), F.silu, _silu_backward),
+    "SoftplusBackward0": Kind("_saved_self", ("_saved_beta", "_saved_threshold"), F.softplus, aten.softplus_backward),
+    "EluBackward0": Kind("_saved_self", ("_saved_alpha", "_saved_scale", "_saved_input_scale"), _elu, _elu_backward),
+}
+
+
+class Elementwise(NamedTuple):
+    """h = factor ⊙ g(z): what lies between two dense layers, or nothing at all."""
+
+    kind: Kind | None = None  # None: g(z) = z
+    options: tuple[Any, ...] = ()
+    saved: Tensor | None = None  # `Kind.saved`, (B, n)
+    factor: Tensor | None = None  # a constant such as a mask of dropout, that can be broadcast to (B, n)
+
+    @property
+    def is_curved(self) -> bool:
+        """Whether g'' is other than 0 anywhere."""
+        return self.kind is not None and not self.kind.piecewise_linear
+
+    def at(self, z: Tensor) -> tuple[Tensor, Elementwise]:
+        """h at another z, and the same function there."""
+        if self.kind is None:
+            result, there = z, self
+        else:
+            result = self.kind.value(z, *self.options)
+            there = self._replace(saved=result if self._saves_result else z)
+        return result if self.factor is None else result * self.factor, there
+
+    def pull(self, cotangent: Tensor, of_saved: Tensor | None = None) -> Tensor:
+        """The cotangent of z from that of h, and from that of the saved tensor if there is one."""
+        if self.factor is not None:
+            cotangent = cotangent * self.factor
+        if of_saved is not None and self._saves_result:
+            cotangent, of_saved = cotangent + of_saved, None
+        if self.kind is not None:
+            cotangent = self.kind.backward(cotangent, self.saved, *self.options)
+        return cotangent if of_saved is None else cotangent + of_saved
+
+    def pull_into(self, cotangent: Tensor, of_saved: Tensor | None = None) -> Tensor:
+        """`pull` of a cotangent that nobody else has or wants: its memory is used again where that can be."""
+        plain = self.factor is None and of_saved is None and not torch.is_grad_enabled()
+        if plain and self.kind is not None and self.kind.backward_into is not None:
+            return self.kind.backward_into(cotangent, self.saved, *self.options)
+        return self.pull(cotangent, of_saved)
+
+    def of_saved(self, cotangent: Tensor, pulled_cotangent: Tensor) -> Tensor:
+        """The cotangent of the saved tensor from that of ``pull(cotangent)``: here g'' comes in."""
+        assert self.kind is not None
+        assert self.saved is not None
+        create_graph = torch.is_grad_enabled()
+        scaled = cotangent if self.factor is None else cotangent * self.factor
+        with torch.enable_grad():  # an alias: `cotangent`, too, may depend on what was saved
+            saved = self.saved.view_as(self.saved) if create_graph else self.saved.detach().requires_grad_()
+            pulled = self.kind.backward(scaled, saved, *self.options)
+            (found,) = torch.autograd.grad(pulled, saved, pulled_cotangent, create_graph=create_graph)
+        return found
+
+    @property
+    def _saves_result(self) -> bool:
+        return self.kind is not None and self.kind.saved == "_saved_result"
+
+
+class DenseChain(NamedTuple):
+    """A model as a list of dense layers, t = 1 … n.
+
+    Attributes:
+        weights: W_t, (n_t, n_{t−1}), leaves.
+        biases: b_t, (n_t,), leaves, or None.
+        hidden: h_t, (B, n_{t−1}), with their graph; h_1 is the input.
+        between: what makes h_{t+1} of z_t, for t < n.
+        output: z_n, (B, n_n), with its graph.
+    """
+
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor | None, ...]
+    hidden: tuple[Tensor, ...]
+    between: tuple[Elementwise, ...]
+    output: Tensor
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """All weights and biases."""
+        return [leaf for leaf in (*self.weights, *self.biases) if leaf is not None]
+
+    def with_parameters(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> DenseChain:
+        """The same layers, dropout masks included, on the same input, with other weights and biases."""
+        hidden, between, h = [], [], self.hidden[0]
+        for weight, bias, elementwise in zip(weights, biases, (*self.between, None), strict=True):
+            hidden.append(h)
+            h = F.linear(h, weight, bias)
+            if elementwise is not None:
+                h, there = elementwise.at(h)
+                between.append(there)
+        return DenseChain(tuple(weights), tuple(biases), tuple(hidden), tuple(between), h)
+
+
+def read_chain(output: Any, entry: Tensor | None) -> DenseChain | None:
+    """The dense layers that an output was computed by, or None if anything else took part.
+
+    Args:
+        output: of a model, with its graph.
+        entry: the input, if a gradient with respect to it is wanted: an alias that requires grad, (B, …). The first dense
+            layer is then to be given this input, flattened or not.
+    """
+    if not _is_plain(output):
+        return None
+    weights, biases, hidden, between = [], [], [], []
+    node = output.grad_fn
+    while True:
+        layer = _read_dense(node)
+        if layer is None:
+            return None
+        weight, bias, input, behind = layer
+        weights.append(weight)
+        biases.append(bias)
+        hidden.append(input)
+        if behind is None or _leads_to(behind, entry):
+            break
+        elementwise, node = _read_elementwise(behind)
+        if node is None:
+            return None
+        between.append(elementwise)
+    chain = DenseChain(
+        tuple(reversed(weights)), tuple(reversed(biases)), tuple(reversed(hidden)), tuple(reversed(between)), output
+    )
+    return chain if _fits_together(chain, entry) and (entry is None) == (behind is None) else None
+
+
+def _is_plain(output: Any) -> bool:
+    return (
+        isinstance(output, Tensor)
+        and output.dim() == 2
+        and output.dtype in (torch.float32, torch.float64)
+        and output.grad_fn is not None
+        and not output._backward_hooks
+        and not output.retains_grad
+    )
+
+
+def _read_dense(node: Any) -> tuple[Tensor, Tensor | None, Tensor, Any] | None:
+    """Weight, bias, input, and the node behind the input, of z = h Wᵀ + b."""
+    kind, behind = type(node).__name__, [parent for parent, _ in node.next_functions]
+    if kind == "AddmmBackward0" and (node._saved_alpha, node._saved_beta) == (1, 1):
+        (bias, before, transposed), saved = behind, "_saved_mat1"
+    elif kind == "MmBackward0":
+        (before, transposed), bias, saved = behind, _NO_BIAS, "_saved_self"
+    elif kind == "_EntryLinearBackward":
+        (before, weight, bias), saved = (*behind, _NO_BIAS)[:3], "saved_tensors"
+    else:
+        return None
+    if kind != "_EntryLinearBackward":
+        weight = transposed.next_functions[0][0] if type(transposed).__name__ == "TBackward0" else None
+    if not _is_leaf(weight) or not (bias is _NO_BIAS or _is_leaf(bias)):  # a frozen one has no node
+        return None
+    input = _saved(node, saved)
+    if input is None or input._backward_hooks or input.retains_grad:
+        return None
+    return weight.variable, None if bias is _NO_BIAS else bias.variable, input, before
+
+
+_NO_BIAS = object()
+
+
+def _read_elementwise(node: Any) -> tuple[Elementwise, Any]:
+    """What lies between a dense layer and the one before it, and that one's node; None for what is not known."""
+    found = Elementwise()
+    if type(node).__name__ == "MulBackward0":
+        behind = [parent for parent, _ in node.next_functions]
+        if None not in behind:
+            return found, None
+        factor = _saved(node, "_saved_other" if behind[1] is None else "_saved_self")
+        if factor is None:
+            return found, None
+        found, node = found._replace(factor=factor), behind[0] or behind[1]
+    kind = KINDS.get(type(node).__name__)
+    if kind is not None:
+        saved = _saved(node, kind.saved)
+        if saved is None or saved._backward_hooks:
+            return found, None
+        options = tuple([getattr(node, name) for name in kind.options])
+        found, node = found._replace(kind=kind, options=options, saved=saved), node.next_functions[0][0]
+    return found, node
+
+
+def _saved(node: Any, name: str) -> Tensor | None:
+    """A tensor that a node has kept; None if it was put away, or changed in place, of which autograd will say more."""
+    raw = getattr(node, f"_raw{name}" if name != "saved_tensors" else "_raw_saved_tensors")
+    if getattr(raw, "unpack_hook", None) is not None:  # a checkpoint or offloading, for which there is a reason
+        return None
+    try:
+        saved = getattr(node, name)
+    except RuntimeError:
+        return None
+    return saved[0] if name == "saved_tensors" else saved
+
+
+def _is_leaf(node: Any) -> bool:
+    return type(node).__name__ == "AccumulateGrad"
+
+
+def _leads_to(node: Any, entry: Tensor | None) -> bool:
+    """Whether nothing but views lies between a layer's input and the model's."""
+    while type(node).__name__ in VIEW_NODES:
+        node = node.next_functions[0][0]
+    return entry is not None and _is_leaf(node) and node.variable is entry
+
+
+def _fits_together(chain: DenseChain, entry: Tensor | None) -> bool:
+    """One row a sample everywhere, nothing broadcast, no leaf used twice, one dtype."""
+    rows, leaves = chain.output.shape[0], chain.leaves
+    widths = [chain.weights[0].shape[1], *[weight.shape[0] for weight in chain.weights]]
+    tensors = (*chain.hidden, chain.output)
+    return (
+        len({id(leaf) for leaf in leaves}) == len(leaves)
+        and all(tensor.dtype == chain.output.dtype for tensor in (*leaves, *tensors))
+        and all(bias is None or bias.shape == (width,) for bias, width in zip(chain.biases, widths[1:], strict=True))
+        and all(tensor.shape == (rows, width) for tensor, width in zip(tensors, widths, strict=True))
+        and (entry is None or entry.shape[:1] == (rows,))
+    )

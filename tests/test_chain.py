@@ -1,0 +1,441 @@
+"""Dense layers with elementwise functions between them: formulas in place of autograd, which is the oracle here.
+
+That the numbers are right is tested with those of all other models (test_functional, test_penalties).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import cases
+import pytest
+import references as ref
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from gradpen import InputGradPenalty, ParamGradPenalty, PenalizedLoss, chain_terms
+from gradpen._graph import EDGES_KEEP_PYTHON_NODES
+from gradpen.functional import input_grad_sq_norm, param_grad_sq_norm
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"), reason="this torch cannot tell what is saved"
+)
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "leaky_relu": lambda: nn.LeakyReLU(0.2),
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU("tanh"),
+    "silu": nn.SiLU,
+    "softplus": lambda: nn.Softplus(2.0),
+    "elu": lambda: nn.ELU(0.7),
+    "selu": nn.SELU,
+    "identity": nn.Identity,
+}
+PENALTIES: dict[str, Callable[[], list]] = {
+    "input": lambda: [InputGradPenalty(0.3)],
+    "param": lambda: [ParamGradPenalty(0.3)],
+    "both": lambda: [InputGradPenalty(0.3), ParamGradPenalty(0.2)],
+    "batch": lambda: [ParamGradPenalty(0.3, over="batch")],
+    "three": lambda: [
+        InputGradPenalty(0.3),
+        ParamGradPenalty(0.3, over="batch", parameters=["*.bias", "1.*"]),
+        ParamGradPenalty(0.1, name="some", parameters=["*.bias", "4.weight"]),
+    ],
+    "biases": lambda: [ParamGradPenalty(0.1, over="batch", parameters=["7.*"]), InputGradPenalty(0.1)],
+    "two scalars": lambda: [
+        InputGradPenalty(0.3),
+        ParamGradPenalty(0.2, criterion=nn.CrossEntropyLoss(reduction="sum")),
+    ],
+    "smoothed": lambda: [InputGradPenalty(0.3, criterion=nn.CrossEntropyLoss(label_smoothing=0.2))],
+    "logit": lambda: [InputGradPenalty(0.3, of=lambda output, target: output[:, 1])],
+    "projection": lambda: [
+        InputGradPenalty(0.1, of="output", method="projection", num_projections=2),
+        ParamGradPenalty(),
+    ],
+    "not squared": lambda: [InputGradPenalty(0.1, squared=False), ParamGradPenalty(0.1, squared=False)],
+    "measured": lambda: [
+        InputGradPenalty(0.0),
+        ParamGradPenalty(0.0),
+        ParamGradPenalty(0.0, over="batch", name="batch"),
+    ],
+    "forward difference": lambda: [ParamGradPenalty(0.1, over="batch", method="finite_difference")],
+    "differences": lambda: [
+        ParamGradPenalty(0.1, over="batch", method="finite_difference", scheme="central", parameters=["*.weight"]),
+        ParamGradPenalty(0.2, over="batch", method="finite_difference", scheme="backward", squared=False, name="root"),
+    ],
+}
+
+
+def layers(activation: Callable[[], nn.Module] = nn.Tanh, dropout: float = 0.0, bias: bool = True) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(6, 5, bias=bias),
+        activation(),
+        nn.Dropout(dropout),
+        nn.Linear(5, 7),
+        activation(),
+        nn.Dropout(dropout),
+        nn.Linear(7, 3),
+    ).double()
+
+
+def batch(size: int = 4) -> tuple[Tensor, Tensor]:
+    return torch.randn(size, 2, 3, dtype=torch.float64), torch.randint(3, (size,))
+
+
+@dataclass
+class Looked:
+    """What `chain_terms.evaluate` came to, call by call."""
+
+    found: list[bool] = field(default_factory=list)
+
+
+@pytest.fixture
+def looked(monkeypatch):
+    record, evaluate = Looked(), chain_terms.evaluate
+
+    def recorded(*args, **kwargs):
+        found = evaluate(*args, **kwargs)
+        record.found.append(found is not None)
+        return found
+
+    monkeypatch.setattr(chain_terms, "evaluate", recorded)
+    return record
+
+
+def by_autograd(monkeypatch) -> None:
+    """From now on no model is a chain."""
+    monkeypatch.setattr(chain_terms, "evaluate", lambda *args, **kwargs: None)
+    monkeypatch.setattr(chain_terms, "is_expected", lambda model: False)
+
+
+def second_derivatives(loss: Tensor, model: nn.Module) -> list[Tensor]:
+    """∇ of a combination of the entries of ∇loss."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(loss, parameters, create_graph=True)
+    total = sum((g * torch.linspace(-1, 1, g.numel(), dtype=g.dtype).reshape(g.shape)).sum() for g in gradients)
+    found = torch.autograd.grad(total, parameters, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+
+
+def everything(model: nn.Module, x: Tensor, y: Tensor, penalties: list, criterion=F.cross_entropy) -> list[Tensor]:
+    """Output, losses, values of the penalties, gradients, and derivatives of these where there are any."""
+    torch.manual_seed(1)
+    model.zero_grad()
+    out = PenalizedLoss(criterion, *penalties)(model, x, y)
+    first_order = any(getattr(p.term, "method", "") == "finite_difference" or p.weight == 0 for p in penalties)
+    second = [] if first_order else second_derivatives(out.loss, model)
+    out.loss.backward()
+    gradients = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+    values = [out.output, out.loss, out.data_loss, *out.penalties.values()]
+    return [tensor.detach() for tensor in [*values, *gradients, *second, torch.rand(1)]]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("name", PENALTIES)
+def test_formulas_and_autograd_agree(name, activation, looked, monkeypatch):
+    for dropout, bias in ((0.0, True), (0.4, False)):
+        model, (x, y) = layers(ACTIVATIONS[activation], dropout, bias), batch()
+        by_formulas = everything(model, x, y, PENALTIES[name]())
+        assert looked.found and all(looked.found)
+        with monkeypatch.context() as context:
+            by_autograd(context)
+            expected = everything(model, x, y, PENALTIES[name]())
+        for a, b in zip(by_formulas, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("name", ["both", "batch", "measured", "forward difference"])
+def test_one_layer_one_sample(name, size, looked, monkeypatch):
+    model, (x, y) = nn.Sequential(nn.Flatten(), nn.Linear(6, 3)).double(), batch(size)
+    by_formulas = everything(model, x, y, PENALTIES[name]())
+    assert all(looked.found)
+    by_autograd(monkeypatch)
+    for a, b in zip(by_formulas, everything(model, x, y, PENALTIES[name]()), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [F.mse_loss, nn.MSELoss(reduction="sum"), lambda o, t: (o - t).abs().sum(1), nn.SmoothL1Loss(), F.cross_entropy],
+    ids=["mse", "mse_sum", "callable", "smooth_l1", "probabilities"],
+)
+@pytest.mark.parametrize("name", ["both", "batch", "measured", "forward difference"])
+def test_other_criteria(name, criterion, looked, monkeypatch):
+    model, (x, _) = layers(), batch()
+    y = torch.rand(4, 3, dtype=torch.float64)
+    by_formulas = everything(model, x, y, PENALTIES[name](), criterion)
+    assert all(looked.found)
+    by_autograd(monkeypatch)
+    for a, b in zip(by_formulas, everything(model, x, y, PENALTIES[name](), criterion), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["both", "batch", "measured", "forward difference"])
+def test_ignored_targets(name, looked, monkeypatch):
+    model, (x, y) = layers(), batch(5)
+    y[[1, 4]] = -100
+    by_formulas = everything(model, x, y, PENALTIES[name]())
+    assert all(looked.found)
+    by_autograd(monkeypatch)
+    for a, b in zip(by_formulas, everything(model, x, y, PENALTIES[name]()), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_dead_units_and_saturated_samples():
+    model, (x, y) = layers(nn.ReLU).float(), batch()
+    nn.init.constant_(model[1].bias, -1e3)  # all units of the first layer are dead
+    out = PenalizedLoss(F.cross_entropy, InputGradPenalty(0.1), ParamGradPenalty(0.1))(model, x.float(), y)
+    out.loss.backward()
+    assert out.penalties["input"] == 0
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+# ---- which models are chains ----------------------------------------------------------------------------------------
+
+
+class ByHand(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.first(x.flatten(1))))
+
+
+class WithModifiedInput(ByHand):
+    def forward(self, x):
+        return super().forward(2 * x)
+
+
+class Residual(ByHand):
+    def forward(self, x):
+        return super().forward(x) + x.flatten(1)[:, :3]
+
+
+class Detaching(ByHand):
+    def forward(self, x):
+        return self.last(torch.tanh(self.first(x.flatten(1))).detach())
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.last = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.last(self.layer(torch.tanh(self.layer(x.flatten(1)))))
+
+
+class Transposed(ByHand):
+    """Rows of x are features."""
+
+    def forward(self, x):
+        return super().forward(x.flatten(1).t().reshape(6, 6))
+
+
+class Hooked(ByHand):
+    def forward(self, x):
+        h = torch.tanh(self.first(x.flatten(1)))
+        h.register_hook(lambda gradient: self.seen.append(gradient))
+        return self.last(h)
+
+
+def frozen(model: nn.Module, name: str) -> nn.Module:
+    model.get_parameter(name).requires_grad_(False)
+    return model
+
+
+def with_hook(model: nn.Module) -> nn.Module:
+    model.first.register_full_backward_hook(lambda *_: None)
+    return model
+
+
+NO_CHAINS = {
+    "modified_input": WithModifiedInput,
+    "residual": Residual,
+    "detaching": Detaching,
+    "twice": Twice,
+    "frozen_weight": lambda: frozen(ByHand(), "first.weight"),
+    "frozen_bias": lambda: frozen(ByHand(), "last.bias"),
+    "spectral_norm": lambda: nn.Sequential(nn.Flatten(), spectral_norm(nn.Linear(6, 3))).eval(),
+    "layer_norm": lambda: nn.Sequential(nn.Flatten(), nn.Linear(6, 4), nn.LayerNorm(4), nn.Linear(4, 3)),
+    "softmax": lambda: nn.Sequential(nn.Flatten(), nn.Linear(6, 3), nn.Softmax(1)),
+    "tokens": lambda: nn.Sequential(nn.Linear(3, 3), cases.Mean()),
+    "backward_hook": lambda: with_hook(ByHand()),
+}
+
+
+def test_a_forward_of_ones_own(looked):
+    model, (x, y) = ByHand().double(), batch()
+    ref.assert_close(input_grad_sq_norm(model, x, y), ref.input_grad_sq_norm(model, x, y, cases.cross_entropy_row))
+    ref.assert_close(param_grad_sq_norm(model, x, y), ref.param_grad_sq_norm(model, x, y, cases.cross_entropy_row))
+    assert looked.found == [True, True]
+
+
+@pytest.mark.parametrize("name", NO_CHAINS)
+def test_what_is_no_chain(name, looked):
+    torch.manual_seed(0)
+    model, (x, y) = NO_CHAINS[name]().double(), batch()
+    if name != "detaching":
+        values = input_grad_sq_norm(model, x, y)
+        ref.assert_close(values, ref.input_grad_sq_norm(model, x, y, cases.cross_entropy_row))
+        assert not any(looked.found)
+    if name not in ("modified_input", "detaching"):  # which are no obstacles to parameters
+        looked.found.clear()
+        ref.assert_close(param_grad_sq_norm(model, x, y), ref.param_grad_sq_norm(model, x, y, cases.cross_entropy_row))
+        assert not any(looked.found)
+
+
+def test_rows_that_are_no_samples():
+    x, y = torch.randn(6, 6, dtype=torch.float64), torch.randint(3, (6,))
+    with pytest.raises(RuntimeError, match="mixes the samples"):
+        input_grad_sq_norm(Transposed().double(), x, y)
+
+
+def test_a_criterion_that_mixes_samples():
+    model, (x, y) = layers(), batch()
+    with pytest.raises(RuntimeError, match="mixes the samples"):
+        PenalizedLoss(lambda o, t: F.cross_entropy(o - o.mean(0), t, reduction="none"), ParamGradPenalty())(model, x, y)
+
+
+def test_a_criterion_with_parameters_of_its_own(looked):
+    model, (x, y) = layers(), batch()
+    scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+    out = PenalizedLoss(lambda o, t: F.cross_entropy(scale * o, t, reduction="none"), InputGradPenalty())(model, x, y)
+    out.loss.backward()
+    assert looked.found == [False]
+    assert scale.grad is not None and scale.grad != 0
+
+
+def test_an_input_that_is_differentiated_too(looked):
+    model, (x, y) = layers(), batch()
+    x.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: input_grad_sq_norm(model, x, y), x)
+    assert not looked.found
+
+
+def test_hooks_within_the_model_run(looked):
+    model, (x, y) = Hooked().double(), batch()
+    model.seen = []
+    PenalizedLoss(F.cross_entropy, ParamGradPenalty(0.1))(model, x, y).loss.backward()
+    assert model.seen and looked.found == [False]
+
+
+def test_hooks_on_parameters_see_the_whole_gradient_once(looked):
+    model, (x, y) = layers(), batch()
+    seen = []
+    model[1].weight.register_hook(lambda gradient: seen.append(gradient.clone()))
+    PenalizedLoss(F.cross_entropy, InputGradPenalty(0.1), ParamGradPenalty(0.1))(model, x, y).loss.backward()
+    assert looked.found == [True] and len(seen) == 1
+    assert torch.equal(seen[0], model[1].weight.grad)
+
+
+def test_autocast_is_left_to_autograd(looked):
+    model, (x, y) = layers().float(), batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        param_grad_sq_norm(model, x.float(), y)
+    assert looked.found == [False]
+
+
+# ---- a model that was a chain when it was last seen -----------------------------------------------------------------
+
+
+def no_longer(model: nn.Sequential, how: str) -> nn.Sequential:
+    match how:
+        case "frozen":
+            model[4].weight.requires_grad_(False)
+        case "another layer":
+            model.insert(2, nn.LayerNorm(5).double())
+        case "a hook":
+            model[1].register_forward_hook(lambda module, args, output: 2 * output)
+        case "another activation":
+            model[2] = nn.Mish()
+        case "another forward":
+            model[1].forward = lambda x: F.linear(x, model[1].weight).tanh() + model[1].bias
+    return model
+
+
+@pytest.mark.parametrize("how", ["frozen", "another layer", "a hook", "another activation", "another forward"])
+@pytest.mark.parametrize("name", ["both", "batch", "forward difference", "measured"])
+def test_it_is_found_out_that_a_model_is_no_chain_any_more(name, how, looked, monkeypatch):
+    model, (x, y) = layers(dropout=0.4), batch()
+    fresh = no_longer(copy.deepcopy(model), how)
+    for _ in range(2):
+        everything(model, x, y, PENALTIES[name]())
+    assert looked.found == [True, True] and chain_terms.is_expected(model)
+    after = everything(no_longer(model, how), x, y, PENALTIES[name]())
+    assert not looked.found[-1] or how == "a hook"
+    by_autograd(monkeypatch)
+    for a, b in zip(after, everything(fresh, x, y, PENALTIES[name]()), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    assert not chain_terms.is_expected(model)
+
+
+def test_steps_that_ask_for_something_else_do_not_make_it_forgotten(looked):
+    model, (x, y) = layers(), batch()
+    lazy = PenalizedLoss(F.cross_entropy, InputGradPenalty(0.1, every_n_steps=2))
+    exact = InputGradPenalty(of="output")
+    for _ in range(4):
+        lazy(model, x, y)
+        exact(model, x, y)
+    assert looked.found == [True, True] and chain_terms.is_expected(model)
+
+
+# ---- the graph ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["both", "batch", "forward difference", "measured"])
+def test_backward_twice(name):
+    model, (x, y) = layers(), batch()
+    loss = PenalizedLoss(F.cross_entropy, *PENALTIES[name]())(model, x, y).loss
+    first = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+    second = torch.autograd.grad(loss, list(model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, list(model.parameters()))
+
+
+@pytest.mark.parametrize("name", ["both", "batch"])
+def test_parameters_that_are_changed_before_the_backward_pass(name):
+    model, (x, y) = layers(), batch()
+    loss = PenalizedLoss(F.cross_entropy, *PENALTIES[name]())(model, x, y).loss
+    with torch.no_grad():
+        model[4].weight.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_each_penalty_by_itself():
+    model, (x, y) = layers(), batch()
+    out = PenalizedLoss(F.cross_entropy, *PENALTIES["both"]())(model, x, y)
+    for name, penalty in (("input", InputGradPenalty()), ("param", ParamGradPenalty())):
+        expected = ref.flat_gradient(penalty(model, x, y), model)
+        found = torch.cat(
+            [g.flatten() for g in torch.autograd.grad(out.penalties[name], list(model.parameters()), retain_graph=True)]
+        )
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_difference_cannot_be_derived_twice():
+    model, (x, y) = layers(), batch()
+    loss = PenalizedLoss(F.cross_entropy, *PENALTIES["forward difference"]())(model, x, y).loss
+    (gradient,) = torch.autograd.grad(loss, model[1].weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative of this loss is not there"):
+        gradient.sum().backward()
+
+
+@pytest.mark.skipif(not EDGES_KEEP_PYTHON_NODES, reason="only a known chain is run without being recorded there")
+def test_saved_tensors_that_go_through_hooks(looked):
+    model, (x, y) = layers(), batch()
+    with torch.autograd.graph.save_on_cpu():
+        PenalizedLoss(F.cross_entropy, InputGradPenalty(0.1))(model, x, y).loss.backward()
+    assert looked.found == [False]
