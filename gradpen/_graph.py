@@ -127,27 +127,24 @@ _TAKEN = object()
 
 
 def _take_tensors(tree: Any, tensors: list[Tensor]) -> Any:
+    if tree is None:
+        return None
+    if isinstance(tree, tuple):  # named or not
+        return tuple.__new__(type(tree), [_take_tensors(branch, tensors) for branch in tree])
     if isinstance(tree, Tensor):
         tensors.append(tree)
         return _TAKEN
-    if isinstance(tree, (tuple, list)):
-        return _like(tree, [_take_tensors(branch, tensors) for branch in tree])
-    return tree
+    return [_take_tensors(branch, tensors) for branch in tree] if isinstance(tree, list) else tree
 
 
 def _put_tensors(tree: Any, tensors: Iterator[Tensor]) -> Any:
     if tree is _TAKEN:
         return next(tensors)
-    if isinstance(tree, (tuple, list)):
-        return _like(tree, [_put_tensors(branch, tensors) for branch in tree])
-    return tree
-
-
-def _like(tree: Any, branches: list[Any]) -> Any:
-    if isinstance(tree, list):
-        return branches
-    make: Any = getattr(type(tree), "_make", tuple)
-    return make(branches)
+    if tree is None:
+        return None
+    if isinstance(tree, tuple):
+        return tuple.__new__(type(tree), [_put_tensors(branch, tensors) for branch in tree])
+    return [_put_tensors(branch, tensors) for branch in tree] if isinstance(tree, list) else tree
 
 
 def check_derivable_twice(walk: GraphWalk, places: Iterable[Tensor]) -> None:

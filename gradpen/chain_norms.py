@@ -93,7 +93,7 @@ def _factors(chain: DenseChain, deltas: Deltas, norm: NormOf) -> tuple[Row, ...]
     if norm.what == "sample":
         sizes = tuple([_size(h, *counted) for h, counted in zip(chain.hidden, which, strict=True)])
         return sizes, tuple(
-            [row_sq_norm(d) if any(counted) else None for d, counted in zip(deltas.at, which, strict=True)]
+            [_row_sq_norm(d) if any(counted) else None for d, counted in zip(deltas.at, which, strict=True)]
         )
     if norm.what == "batch":
         weights, biases = mean_gradients(chain, deltas)
@@ -108,7 +108,12 @@ def _size(h: Tensor, weight: bool, bias: bool) -> Tensor | None:
     """1 + ‖h‖², (B,), or what of it belongs to the weight or to the bias."""
     if not weight:
         return h.new_ones(len(h)) if bias else None
-    return row_sq_norm(h) + 1 if bias else row_sq_norm(h)
+    return _row_sq_norm(h) + 1 if bias else _row_sq_norm(h)
+
+
+def _row_sq_norm(tensor: Tensor) -> Tensor:
+    """`row_sq_norm`, in one kernel where no second derivative is wanted: the norm has none at 0."""
+    return row_sq_norm(tensor) if torch.is_grad_enabled() else torch.linalg.vector_norm(tensor, dim=1).square_()
 
 
 def _only(row: Sequence[Tensor | None], wanted: Sequence[bool]) -> Row:
@@ -118,10 +123,12 @@ def _only(row: Sequence[Tensor | None], wanted: Sequence[bool]) -> Row:
 def _sq_norm(deltas: Deltas, norm: NormOf, factors: Sequence[Row]) -> Tensor:
     if norm.what == "input":
         assert deltas.entry is not None
-        return row_sq_norm(deltas.entry)
+        return _row_sq_norm(deltas.entry)
     if norm.what == "batch":
         found = [gradient for row in factors for gradient in row if gradient is not None]
-        return total_sq_norm(found).reshape(1)
+        if torch.is_grad_enabled():
+            return total_sq_norm(found).reshape(1)
+        return torch.stack([torch.linalg.vector_norm(gradient) for gradient in found]).square_().sum().reshape(1)
     pairs = [(size, square) for size, square in zip(*factors, strict=True) if size is not None and square is not None]
     return sum_tensors([size * square for size, square in pairs])
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -62,14 +62,14 @@ def have_formulas(requests: Sequence[Request], *, first_order: bool) -> bool:
     )
 
 
-def is_expected(model: nn.Module) -> bool:
+def is_expected(model: nn.Module, modules: Iterable[nn.Module]) -> bool:
     """Whether the model was a chain when last seen, and a forward pass leaves no trace but in torch's random streams.
 
-    Then it need not be recorded for the case that it is no chain any more: it can be run again.
+    Then it need not be recorded for the case that it is no chain any more: it can be run again. `modules` are all of it.
     """
     return _was_chain.get(model, False) and all(
         type(module) in _PURE and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
-        for module in model.modules()
+        for module in modules
     )
 
 

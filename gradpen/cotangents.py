@@ -89,17 +89,16 @@ class OfCrossEntropy:
     @torch.no_grad()
     def __init__(self, function: Scalar, output: Tensor) -> None:
         self._function = function
-        self._log_softmax = torch.log_softmax(output, 1)
-        target = function.target
-        self.f, total = aten.nll_loss_forward(self._log_softmax, target, None, _UNREDUCED, IGNORED)
+        log_softmax, target = torch.log_softmax(output, 1), function.target
+        self.f, total = aten.nll_loss_forward(log_softmax, target, None, _UNREDUCED, IGNORED)
         ones = torch.ones_like(self.f)
-        minus_one_hot = aten.nll_loss_backward(ones, self._log_softmax, target, None, _UNREDUCED, IGNORED, total)
-        self.value = aten._log_softmax_backward_data(minus_one_hot, self._log_softmax, 1, output.dtype)
+        self._minus_one_hot = aten.nll_loss_backward(ones, log_softmax, target, None, _UNREDUCED, IGNORED, total)
+        self.value = aten._log_softmax_backward_data(self._minus_one_hot, log_softmax, 1, output.dtype)
 
     def pull(self, of_value: Tensor) -> Tensor:
         """The cotangent of the output from that of `value`."""
-        counted = (self._function.target != IGNORED).unsqueeze(1)
-        return aten._softmax_backward_data(of_value, self._log_softmax.exp() * counted, 1, of_value.dtype)
+        softmax = self.value - self._minus_one_hot  # 0 where the target is ignored
+        return aten._softmax_backward_data(of_value, softmax, 1, of_value.dtype)
 
     def at(self, output: Tensor) -> OfScalar:
         """At another output."""

@@ -270,7 +270,7 @@ def _read_elementwise(node: Any) -> tuple[Elementwise, Any]:
 
 def _saved(node: Any, name: str) -> Tensor | None:
     """A tensor that a node has kept; None if it was put away, or changed in place, of which autograd will say more."""
-    raw = getattr(node, f"_raw{name}" if name != "saved_tensors" else "_raw_saved_tensors")
+    raw = getattr(node, _RAW.get(name) or f"_raw{name}")
     if getattr(raw, "unpack_hook", None) is not None:  # a checkpoint or offloading, for which there is a reason
         return None
     try:
@@ -278,6 +278,9 @@ def _saved(node: Any, name: str) -> Tensor | None:
     except RuntimeError:
         return None
     return saved[0] if name == "saved_tensors" else saved
+
+
+_RAW = {"saved_tensors": "_raw_saved_tensors"}
 
 
 def _is_leaf(node: Any) -> bool:
@@ -292,14 +295,18 @@ def _leads_to(node: Any, entry: Tensor | None) -> bool:
 
 
 def _fits_together(chain: DenseChain, entry: Tensor | None) -> bool:
-    """One row a sample everywhere, nothing broadcast, no leaf used twice, one dtype."""
-    rows, leaves = chain.output.shape[0], chain.leaves
-    widths = [chain.weights[0].shape[1], *[weight.shape[0] for weight in chain.weights]]
-    tensors = (*chain.hidden, chain.output)
+    """Nothing broadcast, no leaf used twice, one row a sample; for the rest the products themselves have seen to."""
+    rows = chain.output.shape[0]
+    leaves = {id(leaf) for leaf in chain.leaves}
     return (
-        len({id(leaf) for leaf in leaves}) == len(leaves)
-        and all(tensor.dtype == chain.output.dtype for tensor in (*leaves, *tensors))
-        and all(bias is None or bias.shape == (width,) for bias, width in zip(chain.biases, widths[1:], strict=True))
-        and all(tensor.shape == (rows, width) for tensor, width in zip(tensors, widths, strict=True))
+        len(leaves) == len(chain.leaves)
+        and all(
+            bias is None or bias.shape == weight.shape[:1]
+            for weight, bias in zip(chain.weights, chain.biases, strict=True)
+        )
+        and all(
+            between.factor is None or h.shape == (rows, weight.shape[0])
+            for weight, between, h in zip(chain.weights, chain.between, chain.hidden[1:], strict=False)
+        )
         and (entry is None or entry.shape[:1] == (rows,))
     )

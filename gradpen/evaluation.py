@@ -164,7 +164,8 @@ def evaluate_terms(
         TypeError, ValueError, RuntimeError: as `gradpen.functional` says.
     """
     kinds = [term for term, _ in terms]
-    parameters = check_call(model, kinds)
+    modules = dict(model.named_modules())
+    parameters = check_call(model, kinds, modules)
     input_grad = any(isinstance(term, InputTerm) for term in kinds)
     first_order = data is not None and _one_backward_pass_does(terms, data, create_graph)
     requests = [
@@ -181,7 +182,7 @@ def evaluate_terms(
             return None
         return Evaluation(found.output, [GroupNorms(sq_norms) for sq_norms in found.sq_norms], found.data_loss)
 
-    if perhaps_chain and chain_terms.is_expected(model):
+    if perhaps_chain and chain_terms.is_expected(model, modules.values()):
         rng = RngState.capture(torch_alone=True)
         evaluation = by_formulas(record_forward(model, x, input_grad=input_grad, calls=False, gated=False))
         if evaluation is not None:
@@ -503,11 +504,16 @@ def needs_deltas(term: Term) -> bool:
     return isinstance(term, ParamTerm) and term.method == "exact" and term.over != "batch"
 
 
-def check_call(model: nn.Module, terms: Sequence[Term]) -> list[dict[str, nn.Parameter]]:
-    """Refuse what cannot be right before any forward pass; for every term, the parameters that count."""
+def check_call(
+    model: nn.Module, terms: Sequence[Term], modules: Mapping[str, nn.Module] | None = None
+) -> list[dict[str, nn.Parameter]]:
+    """Refuse what cannot be right before any forward pass; for every term, the parameters that count.
+
+    `modules` are those of the model by name, if they are at hand.
+    """
     _checks.check_model(model)
     _checks.check_grad_enabled()
-    modules = dict(model.named_modules())
+    modules = modules or dict(model.named_modules())
     exact = next((term.method for term in terms if term.method != "finite_difference"), None)
     if exact is not None:
         _checks.check_not_compiled(modules.values(), exact)

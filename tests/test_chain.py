@@ -113,7 +113,7 @@ def looked(monkeypatch):
 def by_autograd(monkeypatch) -> None:
     """From now on no model is a chain."""
     monkeypatch.setattr(chain_terms, "evaluate", lambda *args, **kwargs: None)
-    monkeypatch.setattr(chain_terms, "is_expected", lambda model: False)
+    monkeypatch.setattr(chain_terms, "is_expected", lambda *_: False)
 
 
 def second_derivatives(loss: Tensor, model: nn.Module) -> list[Tensor]:
@@ -371,13 +371,13 @@ def test_it_is_found_out_that_a_model_is_no_chain_any_more(name, how, looked, mo
     fresh = no_longer(copy.deepcopy(model), how)
     for _ in range(2):
         everything(model, x, y, PENALTIES[name]())
-    assert looked.found == [True, True] and chain_terms.is_expected(model)
+    assert looked.found == [True, True] and chain_terms.is_expected(model, model.modules())
     after = everything(no_longer(model, how), x, y, PENALTIES[name]())
     assert not looked.found[-1] or how == "a hook"
     by_autograd(monkeypatch)
     for a, b in zip(after, everything(fresh, x, y, PENALTIES[name]()), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
-    assert not chain_terms.is_expected(model)
+    assert not chain_terms.is_expected(model, model.modules())
 
 
 def test_steps_that_ask_for_something_else_do_not_make_it_forgotten(looked):
@@ -387,7 +387,7 @@ def test_steps_that_ask_for_something_else_do_not_make_it_forgotten(looked):
     for _ in range(4):
         lazy(model, x, y)
         exact(model, x, y)
-    assert looked.found == [True, True] and chain_terms.is_expected(model)
+    assert looked.found == [True, True] and chain_terms.is_expected(model, model.modules())
 
 
 # ---- the graph ------------------------------------------------------------------------------------------------------
