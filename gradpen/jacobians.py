@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from gradpen._numerics import rounding_tolerance, row_sq_norm, sum_tensors, widest_float
+from gradpen.dense_chain import DenseChain
 from gradpen.spectral import normal_start
 
 MatVec = Callable[[Tensor], Tensor]
@@ -34,6 +35,7 @@ class JacobianOperator:
         part: indices of samples → the operator of these alone, at their share of the cost; None if there is no such thing.
         support: (B, n), False where a row of J_b is known to be 0; None if nothing is known.
         is_identity: J_b = I for every sample (the input itself).
+        grams: of an identity: place of a weight in memory → products with W Wᵀ, which all that is built upon it share.
     """
 
     gram: MatVec
@@ -44,25 +46,29 @@ class JacobianOperator:
     part: Callable[[Tensor], JacobianOperator] | None = None
     support: Tensor | None = None
     is_identity: bool = False
+    grams: dict[int, MatVec] = field(default_factory=dict)
 
     @classmethod
-    def identity(cls, template: Tensor) -> JacobianOperator:
+    def identity(cls, template: Tensor, grams: dict[int, MatVec] | None = None) -> JacobianOperator:
         """J_1 = I."""
+        grams = {} if grams is None else grams
         return cls(
             gram=lambda u: u,
             vjp=lambda u: u,
             template=template,
             columns=template.shape[1],
             widest=template.shape[1],
-            part=lambda rows: cls.identity(template[rows]),
+            part=lambda rows: cls.identity(template[rows], grams),
             is_identity=True,
+            grams=grams,
         )
 
     def times_weight(self, weight: Tensor) -> JacobianOperator:
         """W J for a weight (m, n)."""
         template = self.template.new_empty(()).expand(len(self.template), len(weight))
         if self.is_identity:
-            return _shared_jacobian(weight, gram_of(weight), template)
+            gram = self.grams.setdefault(weight.data_ptr(), gram_of(weight))  # which keeps the weight
+            return _shared_jacobian(weight, gram, template)
         part = self.part
         return JacobianOperator(
             gram=lambda u: self.gram(u @ weight) @ weight.T,
@@ -199,6 +205,16 @@ def autograd_jacobian(output: Tensor, inputs: Sequence[Tensor]) -> JacobianOpera
 
     columns = sum(tensor[0].numel() for tensor in inputs)
     return JacobianOperator(gram, vjp, output.detach(), columns, widest=max(columns, output.shape[1]))
+
+
+def chain_jacobians(chain: DenseChain) -> list[JacobianOperator]:
+    """J_t of every layer of a chain that begins with x: J_1 = I, and J_{t+1} = D_t W_t J_t."""
+    operators = [JacobianOperator.identity(chain.hidden[0].detach())]
+    for weight, h, between in zip(chain.weights, chain.hidden[1:], chain.between, strict=False):
+        with torch.no_grad():
+            slope = between.pull(torch.ones_like(h))
+        operators.append(operators[-1].times_weight(weight.detach()).times_diagonal(slope))
+    return operators
 
 
 def elementwise_slope(output: Tensor, layer_output: GradientEdge) -> Tensor | None:

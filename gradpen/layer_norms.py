@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gradpen import jacobians, spectral
 from gradpen._numerics import widest_float
+from gradpen.chain_terms import chain_of
 from gradpen.cut_layers import CutLayer
 from gradpen.recording import Recording
 from gradpen.spectral import Bracket
@@ -45,10 +46,15 @@ class LayerNorms:
 def jacobian_operators(recording: Recording, layers: Sequence[CutLayer]) -> list[jacobians.JacobianOperator]:
     """J_t for every layer in the sum; a chain of dense layers and elementwise activations is multiplied out.
 
-    The whole chain is tried at once; if something in it is no such chain, link by link.
+    If the graph does not show it to be one, the whole chain is tried at once, and if something in it is none, link by link.
     """
     if not layers:
         return []
+    chain = chain_of(recording)
+    if chain is not None:
+        by_weight = dict(zip(map(id, chain.weights), jacobians.chain_jacobians(chain), strict=True))
+        if all(id(layer.call.weight) in by_weight for layer in layers):
+            return [by_weight[id(layer.call.weight)] for layer in layers]
     columns = sum(tensor[0].numel() for tensor in recording.inputs)
     outputs = [layer.call.checked_input() for layer in layers]
     first = jacobians.autograd_jacobian(outputs[0], recording.inputs)
@@ -81,7 +87,7 @@ def layer_norms(
     wanted: Operators = {}
     for position, (layer, operator) in enumerate(zip(layers, operators, strict=True)):
         if has_factors or (has_product and operator.is_identity):
-            wanted[position, "weight"] = jacobians.matrix_operator(layer.weight)
+            wanted[position, "weight"] = _weight_operator(layer, operator)
         if has_factors and not operator.is_identity:
             wanted[position, "jacobian"] = operator
         if has_product and not operator.is_identity:
@@ -91,6 +97,13 @@ def layer_norms(
         _assembled(layer, operator, {kind: found[p, kind] for p, kind in found if p == position}, settings)
         for position, (layer, operator) in enumerate(zip(layers, operators, strict=True))
     ]
+
+
+def _weight_operator(layer: CutLayer, operator: jacobians.JacobianOperator) -> jacobians.JacobianOperator:
+    """W; as one of the samples of W J if J is I, and W Wᵀ is formed anyway."""
+    if not operator.is_identity or layer.weight.data_ptr() not in operator.grams:
+        return jacobians.matrix_operator(layer.weight)
+    return operator.times_weight(layer.weight).restricted(torch.zeros(1, dtype=torch.long, device=layer.weight.device))
 
 
 Operators = dict[tuple[int, str], jacobians.JacobianOperator]  # (position of the layer, which of its norms)

@@ -23,8 +23,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -74,9 +75,9 @@ def lanczos_bracket(
     """Largest singular value of J_b for every b, from products with A_b = J_b J_bᵀ.
 
     The plain three-term recurrence: no basis is kept, and copies of converged Ritz values do no harm to the largest one.
-    The host looks at the device for the dimension of the start, and after 8, 10, 12, 15, 18, 22, … steps for which samples
-    are narrow enough; nothing else in the iteration waits. A sample's bracket is that of the first look at which it was
-    narrow enough, so it does not depend on the samples beside it.
+    The host looks at the device for the dimension of the start, and after 8, 10, …, 24, 27, 30, 33, 37, … steps for which
+    samples are narrow enough; nothing else in the iteration waits. A sample's bracket is that of the first look at which it
+    was narrow enough, so it does not depend on the samples beside it.
 
     Args:
         gram: (B, n) → (B, n), row b multiplied by A_b.
@@ -116,7 +117,7 @@ def lanczos_bracket(
             kept = finished.logical_not().nonzero().squeeze(1)
             samples, q, before, beta, size = (tensor[kept] for tensor in (samples, q, before, beta, size))
             gram = restrict(samples)
-        next_look = step + max(step // 4, 2)
+        next_look = step + max(step // 8, 2)
     else:
         steps[samples] = torch.where(done[samples], steps[samples], max_steps)
     return _bracket_of_recurrence(_Recurrence.of(alphas[:step], betas[:step], steps), log_weight)
@@ -158,9 +159,9 @@ def _log_smallest_weight(dimension: Tensor, delta: float | Tensor) -> Tensor:
 class _Recurrence(NamedTuple):
     """The coefficients of every sample, divided by a bound of its largest Ritz value; those behind `steps` do not count."""
 
-    alphas: Tensor  # (k, B, 1)
-    betas: Tensor  # (k, B, 1)
-    counts: Tensor  # (k, B, 1) bool
+    alphas: Tensor  # (k, 1, B)
+    betas: Tensor  # (k, 1, B)
+    counts: Tensor  # (k, 1, B) bool
     scale: Tensor  # (B,): Gershgorin's bound
     eps: float
     slack: Tensor  # (B,): allowance for rounding, relative to an eigenvalue
@@ -173,41 +174,43 @@ class _Recurrence(NamedTuple):
         alphas, betas = widest_float(alphas), widest_float(betas)
         scale = (alphas.abs() + betas + F.pad(betas[:-1], (0, 0, 1, 0))).amax(0)
         slack = eps * torch.maximum(4 * widest_float(steps).sqrt(), widest_float(steps))
-        alphas, betas = divide_or_zero(alphas, scale).unsqueeze(2), divide_or_zero(betas, scale).unsqueeze(2)
-        return cls(alphas, betas.clamp(min=eps), (numbers < steps).unsqueeze(2), scale, eps, slack)
+        alphas, betas = divide_or_zero(alphas, scale).unsqueeze(1), divide_or_zero(betas, scale).unsqueeze(1)
+        return cls(alphas, betas.clamp(min=eps), (numbers < steps).unsqueeze(1), scale, eps, slack)
 
     def ratios(self, mu: Tensor) -> Tensor:
-        """p_j(μ)/p_{j−1}(μ) at (B, points), 1 where j does not count: (k, B, points). They do not overflow, as p_j may."""
-        shifted = mu - self.alphas
-        ratios = [shifted[0] / self.betas[0]]
-        for shift, before, beta in zip(shifted[1:], self.betas, self.betas[1:], strict=False):
-            ratios.append((shift - before / ratios[-1]) / beta)
-        return torch.where(self.counts, torch.stack(ratios), 1.0)
+        """p_j(μ)/p_{j−1}(μ) at (points, B), 1 where j does not count: (k, points, B). They do not overflow, as p_j may."""
+        ratios = mu - self.alphas
+        if ratios.device.type == "cpu":
+            _continue_fractions(ratios.numpy(), self.betas.numpy())
+        else:
+            _continue_fractions(ratios, self.betas)
+        return torch.where(self.counts, ratios, 1.0)
 
     def is_beyond(self, mu: Tensor) -> Tensor:
-        """Whether μ exceeds the largest Ritz value: every p_j is positive there, and only there."""
-        return (self.ratios(mu) > 0).all(0)
+        """Whether μ at (points, B) exceeds the largest Ritz value: every p_j is positive there, and only there."""
+        alphas = torch.where(self.counts, self.alphas, -torch.inf)
+        tensors = mu, alphas, self.betas**2
+        if mu.device.type == "cpu":  # NumPy needs a fraction of torch's time for so little
+            return torch.from_numpy(_least_pivot(np, *[tensor.numpy() for tensor in tensors]) > 0)
+        return _least_pivot(torch, *tensors) > 0
 
-    def ritz(self) -> Tensor:
-        """The largest Ritz value θ: (B,)."""
-        alphas, betas = (torch.where(self.counts, tensor, 0.0).squeeze(2).T for tensor in (self.alphas, self.betas))
-        inner = betas[:, :-1] * self.counts[1:, :, 0].T
-        tridiagonal = torch.diag_embed(alphas) + torch.diag_embed(inner, 1) + torch.diag_embed(inner, -1)
-        return torch.linalg.eigvalsh(tridiagonal)[:, -1].clamp(min=0)
+    def ritz(self, rounds: int | None = None) -> Tensor:
+        """The largest Ritz value θ, from below: (B,). Every round divides the interval that holds it by 16.
 
-    def rough_ritz(self) -> Tensor:
-        """θ from below, to a 256th of its a-priori interval, without a host that waits for it: (B,)."""
-        low = self.alphas.amax(0).squeeze(1)
+        By default down to the rounding of the coefficients; the host does not wait for the device.
+        """
+        rounds = math.ceil(-math.log(self.eps, 16)) if rounds is None else rounds
+        low = self.alphas.amax(0).squeeze(0).clamp(min=0)
         high = torch.ones_like(low)
-        fractions = torch.linspace(0, 1, 17, dtype=low.dtype, device=low.device)
-        for _ in range(2):
-            points = low.unsqueeze(1) + (high - low).unsqueeze(1) * fractions
-            below = self.is_beyond(points[:, 1:-1]).logical_not().sum(1, keepdim=True)
-            low, high = (points.gather(1, below + end).squeeze(1) for end in (0, 1))
+        fractions = torch.linspace(0, 1, 17, dtype=low.dtype, device=low.device).unsqueeze(1)
+        for _ in range(rounds):
+            points = low + (high - low) * fractions
+            below = self.is_beyond(points[1:-1]).logical_not().sum(0, keepdim=True)
+            low, high = (points.gather(0, below + end).squeeze(0) for end in (0, 1))
         return low
 
     def log_christoffel(self, mu: Tensor) -> Tensor:
-        """log K(μ) at (B, points), −∞ up to the largest Ritz value."""
+        """log K(μ) at (points, B), −∞ up to the largest Ritz value."""
         ratios = self.ratios(mu)
         beyond = (ratios > 0).all(0)
         logs = torch.where(beyond, ratios, 1.0).log()
@@ -216,10 +219,29 @@ class _Recurrence(NamedTuple):
         return torch.where(beyond, log_k, -torch.inf)
 
 
+def _least_pivot(library: Any, mu: Any, alphas: Any, sq_betas: Any) -> Any:
+    """The least of d_1 = μ − α_1 and d_j = μ − α_j − β²_{j−1}/d_{j−1}, of the sign of p_j/p_{j−1}; arrays or tensors."""
+    with np.errstate(divide="ignore"):
+        pivot = least = mu - alphas[0]
+        for alpha, sq_beta in zip(alphas[1:], sq_betas, strict=False):
+            pivot = mu - alpha - sq_beta / pivot
+            least = library.minimum(least, pivot)
+    return least
+
+
+def _continue_fractions(numerators: Any, betas: Any) -> None:
+    """Write (s_1, s_2, …) over by r_1 = s_1/β_1 and r_j = (s_j − β_{j−1}/r_{j−1})/β_j; arrays or tensors."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        numerators[0] /= betas[0]
+        for j in range(1, len(numerators)):
+            numerators[j] -= betas[j - 1] / numerators[j - 1]
+            numerators[j] /= betas[j]
+
+
 def _is_narrow(recurrence: _Recurrence, log_weight: Tensor, rtol: float) -> Tensor:
     """Whether the bracket is no wider than `rtol`: (B,) bool."""
-    target = recurrence.rough_ritz() * (1 - recurrence.slack) / (1 + recurrence.slack) / (1 - min(rtol, 0.99)) ** 2
-    log_k = recurrence.log_christoffel(target.unsqueeze(1)).squeeze(1)
+    target = recurrence.ritz(rounds=2) * (1 - recurrence.slack) / (1 + recurrence.slack) / (1 - min(rtol, 0.99)) ** 2
+    log_k = recurrence.log_christoffel(target.unsqueeze(0)).squeeze(0)
     return (log_k >= -log_weight) | (recurrence.scale == 0)
 
 
@@ -239,19 +261,19 @@ def _christoffel_root(recurrence: _Recurrence, ritz: Tensor, log_weight: Tensor)
     """
     low = torch.full_like(ritz, math.log(recurrence.eps) - 2)
     # there p_1 = (μ − α_1)/β_1 alone makes K large enough
-    high = 2 - log_weight / 2 + divide_or_zero(recurrence.betas[0, :, 0], ritz).clamp(min=1).log()
-    pair = torch.tensor([0.0, _ROOT_TOLERANCE], dtype=ritz.dtype, device=ritz.device)
+    high = 2 - log_weight / 2 + divide_or_zero(recurrence.betas[0, 0], ritz).clamp(min=1).log()
+    pair = torch.tensor([[0.0], [_ROOT_TOLERANCE]], dtype=ritz.dtype, device=ritz.device)
     point = torch.full_like(ritz, -2.0)
     for _ in range(_ROOT_STEPS):  # seldom more than four
-        points = point.unsqueeze(1) + pair
-        excess = recurrence.log_christoffel(ritz.unsqueeze(1) * (1 + points.exp())) + log_weight.unsqueeze(1)
-        searching = (high - low > 2 * _ROOT_TOLERANCE).unsqueeze(1)
-        low = torch.maximum(low, torch.where(searching & (excess < 0), points, -torch.inf).amax(1))
-        high = torch.minimum(high, torch.where(searching & (excess >= 0), points, torch.inf).amin(1))
+        points = point + pair
+        excess = recurrence.log_christoffel(ritz * (1 + points.exp())) + log_weight
+        searching = high - low > 2 * _ROOT_TOLERANCE
+        low = torch.maximum(low, torch.where(searching & (excess < 0), points, -torch.inf).amax(0))
+        high = torch.minimum(high, torch.where(searching & (excess >= 0), points, torch.inf).amin(0))
         if bool((high - low <= 2 * _ROOT_TOLERANCE).all()):
             break
-        slope = (excess[:, 1] - excess[:, 0]) / _ROOT_TOLERANCE
-        newton = point - excess[:, 0] / slope - _ROOT_TOLERANCE / 2
+        slope = (excess[1] - excess[0]) / _ROOT_TOLERANCE
+        newton = point - excess[0] / slope - _ROOT_TOLERANCE / 2
         point = torch.where((newton > low - _ROOT_TOLERANCE) & (newton < high), newton, (low + high) / 2)
     return high
 

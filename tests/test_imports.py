@@ -16,8 +16,8 @@ PACKAGE = Path(gradpen.__file__).parent
 FLOORS = [  # from the ground up; a folder is one entry
     {"_checks", "_numerics", "_graph", "report"},
     {"criteria", "recording", "spectral", "history"},
-    {"closed_form", "cotangents", "dense_chain", "finite_difference", "isolation", "jacobians", "plotting"},
-    {"chain_norms", "gradients", "terms"},
+    {"closed_form", "cotangents", "dense_chain", "finite_difference", "isolation", "plotting"},
+    {"chain_norms", "gradients", "jacobians", "terms"},
     {"chain_mean", "mixing"},
     {"chain_terms", "param_norms"},
     {"evaluation", "sides"},
