@@ -74,6 +74,15 @@ def is_compiled(module: nn.Module) -> bool:
     return getattr(module, "_compiled_call_impl", None) is not None or type(module).__name__ == "OptimizedModule"
 
 
+def check_not_static(model: nn.Module) -> None:
+    """DistributedDataParallel(static_graph=True) takes a penalty's backward pass for that of the step."""
+    if type(model).__name__ == "DistributedDataParallel" and getattr(model, "static_graph", False):
+        raise RuntimeError(
+            "a penalty takes gradients before the backward pass of the step, and DistributedDataParallel(static_graph=True) "
+            "then no longer averages the step's own over the processes: leave static_graph out"
+        )
+
+
 def check_not_compiled(modules: Iterable[nn.Module], method: str) -> None:
     """PyTorch refuses double backward through a compiled module; say so before it does."""
     if any(is_compiled(module) for module in modules):

@@ -215,12 +215,20 @@ def read_chain(output: Any, entry: Tensor | None) -> DenseChain | None:
 def _is_plain(output: Any) -> bool:
     return (
         isinstance(output, Tensor)
+        and _is_of_torch(output)
+        and torch._C._functorch.peek_interpreter_stack() is None  # nodes of one's own are no part of torch.func
         and output.dim() == 2
         and output.dtype in (torch.float32, torch.float64)
         and output.grad_fn is not None
         and not output._backward_hooks
         and not output.retains_grad
     )
+
+
+def _is_of_torch(tensor: Tensor) -> bool:
+    """Not of a subclass with a mind of its own, such as the pieces of a tensor that other processes hold, too."""
+    module = type(tensor).__module__
+    return module == "torch" or (module.startswith("torch.") and not module.startswith("torch.distributed"))
 
 
 def _read_dense(node: Any) -> tuple[Tensor, Tensor | None, Tensor, Any] | None:
@@ -300,6 +308,7 @@ def _fits_together(chain: DenseChain, entry: Tensor | None) -> bool:
     leaves = {id(leaf) for leaf in chain.leaves}
     return (
         len(leaves) == len(chain.leaves)
+        and all(map(_is_of_torch, chain.leaves))
         and all(
             bias is None or bias.shape == weight.shape[:1]
             for weight, bias in zip(chain.weights, chain.biases, strict=True)

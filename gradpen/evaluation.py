@@ -164,6 +164,7 @@ def evaluate_terms(
         TypeError, ValueError, RuntimeError: as `gradpen.functional` says.
     """
     kinds = [term for term, _ in terms]
+    _checks.check_model(model)
     modules = dict(model.named_modules())
     parameters = check_call(model, kinds, modules)
     input_grad = any(isinstance(term, InputTerm) for term in kinds)
@@ -513,7 +514,9 @@ def check_call(
     """
     _checks.check_model(model)
     _checks.check_grad_enabled()
-    modules = modules or dict(model.named_modules())
+    if terms:
+        _checks.check_not_static(model)
+    modules = dict(model.named_modules()) if modules is None else modules
     exact = next((term.method for term in terms if term.method != "finite_difference"), None)
     if exact is not None:
         _checks.check_not_compiled(modules.values(), exact)

@@ -260,7 +260,8 @@ class PenalizedOutput(NamedTuple):
         data_loss: exactly ``criterion(model(x), y)``.
         penalties: name → the unweighted R, 0-dim; 0 on steps that ``every_n_steps`` leaves out. Differentiable unless
             all weights are 0.
-        output: the model's output.
+        output: the model's output. Penalties need not lead through it in the graph, nor through activations within the
+            model: the derivative of `loss` with respect to these is that of the data loss, or there is none.
     """
 
     loss: Tensor

@@ -90,11 +90,21 @@ def a_process_that_has_seen_one_split_holds_nobody_up(found):
     assert math.isnan(found[1]["one_sided"])
 
 
+def the_objective_has_the_gradients_of_one_process_with_the_whole_batch(found):
+    expected = script.objective_gradients(WHOLE)
+    for rank in range(2):
+        assert found[rank]["refused"]
+        for gradients in found[rank]["objective"]:
+            for a, b in zip(gradients, expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
 def test_two_processes_against_one(tmp_path):
     """One test, since the workers of a parallel test run would each start the processes for their share of several."""
     found = run_both(tmp_path)
     penalties_of_samples_equal_those_of_one_process_with_the_whole_batch(found)
     the_batch_penalty_is_the_mean_over_processes(found)
+    the_objective_has_the_gradients_of_one_process_with_the_whole_batch(found)
     metrics_of_both_processes_are_those_of_all_samples(found)
     gaps_of_both_processes_are_those_of_all_samples(found)
     a_process_that_has_seen_one_split_holds_nobody_up(found)

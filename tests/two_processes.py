@@ -14,11 +14,12 @@ import lightning
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from torchmetrics import MetricCollection
 from torchmetrics.classification import BinaryAUROC, MulticlassAccuracy
 
-from gradpen import InputGradPenalty, ParamGradPenalty
+from gradpen import InputGradPenalty, ParamGradPenalty, PenalizedLoss
 from gradpen.callbacks import GradPenaltyCallback
 from gradpen.metrics import GeneralizationGap, GeometricComplexity, InequalityTightness, ParamGradSqNorm
 
@@ -110,6 +111,27 @@ def gaps(part: slice) -> dict[str, float]:
     return first | {"later": collection["accuracy"].compute().item()}
 
 
+def objective_gradients(part: slice, **options: Any) -> list[torch.Tensor]:
+    """Of the objective through DistributedDataParallel, in the third step."""
+    model = Module(0.0).net
+    objective = PenalizedLoss(F.cross_entropy, *sample_penalties())
+    wrapped = DistributedDataParallel(model, **options) if options else model
+    for _ in range(3):
+        model.zero_grad()
+        objective(wrapped, X[part], Y[part]).loss.backward()
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+
+def static_graph_is_refused() -> bool:
+    """Whether the one option of DistributedDataParallel that would leave the gradients as they are is an error."""
+    wrapped = DistributedDataParallel(Module(0.0).net, static_graph=True)
+    try:
+        InputGradPenalty()(wrapped, X, Y)
+    except RuntimeError as error:
+        return "leave static_graph out" in str(error)
+    return False
+
+
 def main(folder: Path) -> None:
     found: dict[str, Any] = {"trained": train(Module(0.5), sample_penalties(), 4, devices=2, strategy="ddp")}
     unused = "ddp_find_unused_parameters_true"
@@ -118,6 +140,9 @@ def main(folder: Path) -> None:
     rank = torch.distributed.get_rank()
     part = slice(0, 10) if rank == 0 else slice(10, 32)
     found |= {"watched": watch(part), "gaps": gaps(part)}
+    half = slice(0, 16) if rank == 0 else slice(16, 32)
+    found["objective"] = [objective_gradients(half, find_unused_parameters=flag) for flag in (False, True)]
+    found["refused"] = static_graph_is_refused()
     one_sided = accuracy_gap()
     one_sided.update(Y, Y, split="train")
     if rank == 0:
