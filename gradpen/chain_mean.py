@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gradpen._graph import save_tree, saved_tree
-from gradpen._numerics import divide_or_zero, sum_tensors
+from gradpen._numerics import divide_or_zero, full_precision, sum_tensors
 from gradpen.chain_norms import Deltas, NormOf, deltas_of, mean_gradients
 from gradpen.cotangents import OfScalar
 from gradpen.dense_chain import DenseChain
@@ -62,22 +62,20 @@ def mean_and_norms(
     Args:
         chain: the layers.
         deltas: δ_t of the f_i.
-        value: that of the multiple of the mean.
-        multiple: what its gradient is a multiple by.
+        value: of the multiple of the mean.
+        multiple: that of the mean.
         differences: the norms.
         cotangent_at: ∂f_i/∂output at another output.
     """
     with torch.no_grad():
         gradients = mean_gradients(chain, deltas)
         norms = [_norm(gradients, difference.norm_of) for difference in differences]
-        displaced = [
-            _Displaced(place, weight, moved, cotangent_at(moved.output).value.detach())
-            for place, (difference, norm) in enumerate(zip(differences, norms, strict=True))
-            for signed_step, weight in difference.moves
-            for moved in [
-                _moved(chain, gradients, difference.norm_of, divide_or_zero(norm.new_tensor(1.0), norm) * signed_step)
-            ]
-        ]
+        displaced = []
+        for place, (difference, norm) in enumerate(zip(differences, norms, strict=True)):
+            inverse = divide_or_zero(torch.ones_like(norm), norm)
+            for signed_step, weight in difference.moves:
+                moved = _moved(chain, gradients, difference.norm_of, inverse * signed_step)
+                displaced.append(_Displaced(place, weight, moved, cotangent_at(moved.output).value.detach()))
     here = [difference.weight_here for difference in differences]
     return _MeanAndNorms.apply(value, multiple, gradients, norms, here, displaced, *chain.leaves)
 
@@ -146,7 +144,7 @@ class _MeanAndNorms(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, of_value: Tensor | None, *of_norms: Tensor | None) -> tuple[Tensor | None, ...]:
         multiple, gradients, norms, here, displaced, leaves = saved_tree(ctx)
-        with torch.no_grad():
+        with torch.no_grad(), full_precision(gradients[0][0].device):
             of_norms = tuple(  # none where the norm is 0
                 None if of_norm is None else torch.where(norm > 0, of_norm, 0.0)
                 for of_norm, norm in zip(of_norms, norms, strict=True)

@@ -11,7 +11,7 @@ so that every gradient of a weight is one tensor from the beginning, to which th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gradpen._graph import save_tree, saved_tree
-from gradpen._numerics import row_sq_norm, sum_tensors, total_sq_norm
+from gradpen._numerics import full_precision, row_sq_norm, sum_tensors, total_sq_norm
 from gradpen.cotangents import Cotangent
 from gradpen.dense_chain import DenseChain
 
@@ -169,26 +169,31 @@ class _Chain(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, delta: Tensor | None, *of_norms: Tensor | None) -> tuple[Tensor | None, ...]:
         chain, kept = saved_tree(ctx)
-        remaining = iter(of_norms)
-        gathered = _Gathered.empty(len(chain.weights))
-        for (cotangent, norms), (deltas, factors) in zip(ctx.measured, kept, strict=True):
-            if torch.is_grad_enabled():  # create_graph=True: what was saved must not pass for constants
-                cotangent = cotangent.at(chain.output)
-                deltas = deltas_of(chain, cotangent.value, norms)
-                factors = [_factors(chain, deltas, norm) for norm in norms]
-            given = list(islice(remaining, len(norms)))
-            each = zip(norms, given, factors, strict=True)
-            wanted = [_Wanted(norm, of_norm, its_factors) for norm, of_norm, its_factors in each if of_norm is not None]
-            of_cotangent = _sweep_forward(chain, deltas, wanted, gathered)
-            if of_cotangent is not None:
-                delta = _add(delta, cotangent.pull(of_cotangent))
-        weights, biases = _sweep_backward(chain, delta, gathered)
-        return (
-            None,
-            None,
-            *weights,
-            *[grad for grad, bias in zip(biases, chain.biases, strict=True) if bias is not None],
-        )
+        with full_precision(chain.output.device):
+            weights, biases = _backward(chain, zip(ctx.measured, kept, strict=True), delta, iter(of_norms))
+        there = [grad for grad, bias in zip(biases, chain.biases, strict=True) if bias is not None]
+        return None, None, *weights, *there
+
+
+def _backward(
+    chain: DenseChain,
+    measured: Iterable[tuple[Measured, tuple[Deltas, list[Any]]]],
+    delta: Tensor | None,
+    of_norms: Iterator[Tensor | None],
+) -> tuple[Row, Row]:
+    """Cotangents of the weights and of the biases from those of the output and of the squared norms."""
+    gathered = _Gathered.empty(len(chain.weights))
+    for (cotangent, norms), (deltas, factors) in measured:
+        if torch.is_grad_enabled():  # create_graph=True: what was saved must not pass for constants
+            cotangent = cotangent.at(chain.output)
+            deltas = deltas_of(chain, cotangent.value, norms)
+            factors = [_factors(chain, deltas, norm) for norm in norms]
+        each = zip(norms, islice(of_norms, len(norms)), factors, strict=True)
+        wanted = [_Wanted(norm, of_norm, its_factors) for norm, of_norm, its_factors in each if of_norm is not None]
+        of_cotangent = _sweep_forward(chain, deltas, wanted, gathered)
+        if of_cotangent is not None:
+            delta = _add(delta, cotangent.pull(of_cotangent))
+    return _sweep_backward(chain, delta, gathered)
 
 
 class _Wanted(NamedTuple):

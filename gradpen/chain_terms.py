@@ -107,7 +107,7 @@ def evaluate(
         if data is None:
             found = _by_formulas(model, chain, requests, create_graph)
         else:
-            found = _with_data_loss(model, chain, requests, *data)
+            found = _with_data_loss(model, chain, requests, *data, create_graph)
     _was_chain[model] = found is not None
     return found
 
@@ -154,18 +154,17 @@ def _by_formulas(model: nn.Module, chain: DenseChain, requests: Sequence[Request
 
 
 def _with_data_loss(
-    model: nn.Module, chain: DenseChain, requests: Sequence[Request], data: Criterion, target: Any
+    model: nn.Module, chain: DenseChain, requests: Sequence[Request], data: Criterion, target: Any, create_graph: bool
 ) -> Found | None:
     """All requests are of the f_i that the data loss is made of, and need first derivatives only."""
+    terms = [_difference(request) if create_graph else None for request in requests]  # their values need none
     norms = [_norm_of(request, chain) for request in requests]
     cotangent = _cotangent_of(model, chain.output, requests[0], norms, create_graph=False)
     if cotangent is None:
         return None
-    exact = [norm for norm, request in zip(norms, requests, strict=True) if _difference(request) is None]
+    exact = [norm for norm, term in zip(norms, terms, strict=True) if term is None]
     differences = [
-        Difference(norm, term.scheme, term.step)
-        for norm, request in zip(norms, requests, strict=True)
-        if (term := _difference(request)) is not None
+        Difference(norm, term.scheme, term.step) for norm, term in zip(norms, terms, strict=True) if term is not None
     ]
     with torch.no_grad():
         deltas = deltas_of(chain, cotangent.value, exact)
@@ -174,7 +173,7 @@ def _with_data_loss(
         multiple = data.over_mean(value, cotangent.f.mean(), len(chain.output), target)
     data_loss, *roots = mean_and_norms(chain, deltas, value, multiple, differences, cotangent.at)
     squared = iter([root.square().reshape(1) for root in roots])
-    found = [next(values if _difference(request) is None else squared) for request in requests]
+    found = [next(values if term is None else squared) for term in terms]
     return Found(chain.output, found, data_loss)
 
 

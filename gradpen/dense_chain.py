@@ -216,6 +216,7 @@ def _is_plain(output: Any) -> bool:
     return (
         isinstance(output, Tensor)
         and _is_of_torch(output)
+        and not torch.is_autocast_enabled(output.device.type)
         and torch._C._functorch.peek_interpreter_stack() is None  # nodes of one's own are no part of torch.func
         and output.dim() == 2
         and output.dtype in (torch.float32, torch.float64)

@@ -65,6 +65,7 @@ PENALTIES: dict[str, Callable[[], list]] = {
         ParamGradPenalty(0.0),
         ParamGradPenalty(0.0, over="batch", name="batch"),
     ],
+    "measured difference": lambda: [ParamGradPenalty(0.0, over="batch", method="finite_difference")],
     "forward difference": lambda: [ParamGradPenalty(0.1, over="batch", method="finite_difference")],
     "differences": lambda: [
         ParamGradPenalty(0.1, over="batch", method="finite_difference", scheme="central", parameters=["*.weight"]),
@@ -344,6 +345,16 @@ def test_autocast_is_left_to_autograd(looked):
     with torch.autocast("cpu", torch.bfloat16):
         param_grad_sq_norm(model, x.float(), y)
     assert looked.found == [False]
+
+
+@pytest.mark.parametrize("name", ["both", "forward difference"])
+def test_a_backward_pass_under_autocast_keeps_the_precision_of_the_forward_pass(name):
+    model, (x, y) = layers().float(), batch()
+    loss = PenalizedLoss(F.cross_entropy, *PENALTIES[name]())(model, x.float(), y).loss
+    expected = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(loss, list(model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 # ---- a model that was a chain when it was last seen -----------------------------------------------------------------
