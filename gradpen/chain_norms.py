@@ -143,6 +143,14 @@ class Measured(NamedTuple):
     norms: tuple[NormOf, ...]
 
 
+def output_with_graph(chain: DenseChain) -> Tensor:
+    """The output as a function of the parameters."""
+    if chain.output.requires_grad:
+        return chain.output
+    output, _ = differentiable_sq_norms(chain, [])
+    return output
+
+
 def differentiable_sq_norms(chain: DenseChain, measured: Sequence[Measured]) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
     """The output and, for each f, its squared norms, as functions of the parameters: one node of the graph."""
     output, *found = _Chain.apply(chain, tuple(measured), *chain.leaves)
@@ -183,8 +191,10 @@ def _backward(
 ) -> tuple[Row, Row]:
     """Cotangents of the weights and of the biases from those of the output and of the squared norms."""
     gathered = _Gathered.empty(len(chain.weights))
+    if torch.is_grad_enabled():  # create_graph=True: what was saved must not pass for constants
+        chain = chain.with_parameters(chain.weights, chain.biases)
     for (cotangent, norms), (deltas, factors) in measured:
-        if torch.is_grad_enabled():  # create_graph=True: what was saved must not pass for constants
+        if torch.is_grad_enabled():
             cotangent = cotangent.at(chain.output)
             deltas = deltas_of(chain, cotangent.value, norms)
             factors = [_factors(chain, deltas, norm) for norm in norms]

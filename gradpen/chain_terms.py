@@ -5,8 +5,7 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from gradpen import mixing
 from gradpen._graph import check_derivable_twice, walk_graph
 from gradpen.chain_mean import Difference, mean_and_norms
-from gradpen.chain_norms import Measured, NormOf, deltas_of, differentiable_sq_norms, sq_norms
+from gradpen.chain_norms import Measured, NormOf, deltas_of, differentiable_sq_norms, output_with_graph, sq_norms
 from gradpen.cotangents import Constant, Cotangent, OfCrossEntropy, OfScalar, cotangent_of
 from gradpen.criteria import Criterion, Scalar
 from gradpen.dense_chain import DenseChain, read_chain
@@ -62,37 +61,19 @@ def have_formulas(requests: Sequence[Request], *, first_order: bool) -> bool:
     )
 
 
-def is_expected(model: nn.Module, modules: Iterable[nn.Module]) -> bool:
-    """Whether the model was a chain when last seen, and a forward pass leaves no trace but in torch's random streams.
-
-    Then it need not be recorded for the case that it is no chain any more: it can be run again. `modules` are all of it.
-    """
-    return _was_chain.get(model, False) and all(
-        type(module) in _PURE and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
-        for module in modules
-    )
-
-
-_was_chain: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
-_PURE = {
-    *(nn.Sequential, nn.Flatten, nn.Linear, nn.Dropout, nn.Identity),
-    *(nn.ReLU, nn.LeakyReLU, nn.Tanh, nn.Sigmoid, nn.GELU, nn.SiLU, nn.Softplus, nn.ELU, nn.SELU),
-}
-
-
 def evaluate(
     model: nn.Module,
-    recording: Recording,
+    chain: DenseChain,
     requests: Sequence[Request],
     *,
     create_graph: bool,
     data: tuple[Criterion, Any] | None,
 ) -> Found | None:
-    """All requests, which `have_formulas`; None if the model is no chain, or f depends on more than its output.
+    """All requests, which `have_formulas`; None if f depends on more than the output.
 
     Args:
         model: the model.
-        recording: its forward pass.
+        chain: its forward pass.
         requests: what is asked for.
         create_graph: keep the squared norms differentiable.
         data: criterion and target of the data loss, if all requests are of the f_i that it is made of and need no more than
@@ -101,15 +82,9 @@ def evaluate(
     Raises:
         RuntimeError: if f_i depends on the output of other samples than i.
     """
-    chain = None if recording.is_hooked else chain_of(recording)
-    found = None
-    if chain is not None:
-        if data is None:
-            found = _by_formulas(model, chain, requests, create_graph)
-        else:
-            found = _with_data_loss(model, chain, requests, *data, create_graph)
-    _was_chain[model] = found is not None
-    return found
+    if data is None:
+        return _by_formulas(model, chain, requests, create_graph)
+    return _with_data_loss(model, chain, requests, *data, create_graph)
 
 
 def _by_formulas(model: nn.Module, chain: DenseChain, requests: Sequence[Request], create_graph: bool) -> Found | None:
@@ -134,11 +109,11 @@ def _by_formulas(model: nn.Module, chain: DenseChain, requests: Sequence[Request
                 random_directions(chain.output, projection.generator) for _ in range(projection.num_projections)
             ]
             measured += [Measured(Constant(direction), wanted_norms) for direction in directions]
-    output = chain.output
     found: Sequence[Sequence[Tensor]]
     if create_graph:
         output, found = differentiable_sq_norms(chain, measured)
     else:
+        output = output_with_graph(chain)
         with torch.no_grad():
             found = [sq_norms(chain, deltas_of(chain, c.value, wanted), wanted) for c, wanted in measured]
     values: dict[int, Tensor] = {}
@@ -174,11 +149,13 @@ def _with_data_loss(
     data_loss, *roots = mean_and_norms(chain, deltas, value, multiple, differences, cotangent.at)
     squared = iter([root.square().reshape(1) for root in roots])
     found = [next(values if term is None else squared) for term in terms]
-    return Found(chain.output, found, data_loss)
+    return Found(output_with_graph(chain), found, data_loss)
 
 
 def chain_of(recording: Recording) -> DenseChain | None:
     """The model as a chain, if it is one: from the very input on, where that requires grad."""
+    if recording.is_hooked:
+        return None
     differentiable = [tensor for tensor in recording.inputs if tensor.requires_grad]
     if not differentiable:
         return read_chain(recording.output, None)

@@ -152,9 +152,9 @@ class DenseChain(NamedTuple):
     Attributes:
         weights: W_t, (n_t, n_{t−1}), leaves.
         biases: b_t, (n_t,), leaves, or None.
-        hidden: h_t, (B, n_{t−1}), with their graph; h_1 is the input.
+        hidden: h_t, (B, n_{t−1}); h_1 is the input.
         between: what makes h_{t+1} of z_t, for t < n.
-        output: z_n, (B, n_n), with its graph.
+        output: z_n, (B, n_n), with the model's graph if there is one.
     """
 
     weights: tuple[Tensor, ...]
@@ -216,13 +216,29 @@ def _is_plain(output: Any) -> bool:
     return (
         isinstance(output, Tensor)
         and _is_of_torch(output)
-        and not torch.is_autocast_enabled(output.device.type)
-        and torch._C._functorch.peek_interpreter_stack() is None  # nodes of one's own are no part of torch.func
         and output.dim() == 2
         and output.dtype in (torch.float32, torch.float64)
         and output.grad_fn is not None
         and not output._backward_hooks
         and not output.retains_grad
+        and is_ordinary_call(output.device)
+    )
+
+
+def is_ordinary_call(device: torch.device) -> bool:
+    """Outside of autocast, which would cast in the products, and of torch.func, which does not know nodes of one's own."""
+    return not torch.is_autocast_enabled(device.type) and torch._C._functorch.peek_interpreter_stack() is None
+
+
+def is_ordinary_leaf(tensor: Any, dtype: torch.dtype) -> bool:
+    """A trainable parameter, float32 or float64 as all others are."""
+    return (
+        isinstance(tensor, Tensor)
+        and _is_of_torch(tensor)
+        and tensor.is_leaf
+        and tensor.requires_grad
+        and tensor.dtype == dtype
+        and dtype in (torch.float32, torch.float64)
     )
 
 

@@ -19,6 +19,8 @@ from gradpen import _checks, chain_terms, finite_difference, gradients, mixing, 
 from gradpen._graph import GraphWalk, check_derivable_twice, edge_of, walk_graph
 from gradpen._numerics import sum_tensors
 from gradpen.criteria import Criterion, Scalar
+from gradpen.dense_chain import DenseChain
+from gradpen.module_chain import run_chain
 from gradpen.recording import (
     Recording,
     RngState,
@@ -164,9 +166,7 @@ def evaluate_terms(
         TypeError, ValueError, RuntimeError: as `gradpen.functional` says.
     """
     kinds = [term for term, _ in terms]
-    _checks.check_model(model)
-    modules = dict(model.named_modules())
-    parameters = check_call(model, kinds, modules)
+    parameters = check_call(model, kinds)
     input_grad = any(isinstance(term, InputTerm) for term in kinds)
     first_order = data is not None and _one_backward_pass_does(terms, data, create_graph)
     requests = [
@@ -176,19 +176,22 @@ def evaluate_terms(
     is_constant = not any(tensor.requires_grad for tensor in tensors_of(x))  # nobody wants derivatives in x
     perhaps_chain = is_constant and chain_terms.have_formulas(requests, first_order=first_order)
 
-    def by_formulas(recording: Recording) -> Evaluation | None:
+    def by_formulas(chain: DenseChain | None) -> Evaluation | None:
         wanted_data = (data, y) if data is not None and first_order else None
-        found = chain_terms.evaluate(model, recording, requests, create_graph=create_graph, data=wanted_data)
+        found = None
+        if chain is not None:
+            found = chain_terms.evaluate(model, chain, requests, create_graph=create_graph, data=wanted_data)
+        _was_foreign[model] = chain is not None and found is None
         if found is None:
             return None
         return Evaluation(found.output, [GroupNorms(sq_norms) for sq_norms in found.sq_norms], found.data_loss)
 
-    if perhaps_chain and chain_terms.is_expected(model, modules.values()):
+    if perhaps_chain and not _was_foreign.get(model, False):
         rng = RngState.capture(torch_alone=True)
-        evaluation = by_formulas(record_forward(model, x, input_grad=input_grad, calls=False, gated=False))
+        evaluation = by_formulas(run_chain(model, x))
         if evaluation is not None:
             return evaluation
-        rng.restore()  # the forward pass has left no other trace
+        rng.restore()  # such a forward pass leaves no other trace
     displaced = any(term.method == "finite_difference" for term in kinds)
     repeated = displaced or any(needs_deltas(term) for term in kinds)  # perhaps, for parameters without closed form
     others = _OtherStreams.of(model) if repeated else None
@@ -199,7 +202,7 @@ def evaluate_terms(
     recording = record_forward(model, x, input_grad=input_grad, calls=calls)
     if others is not None:
         others.moved = others.moved or rng.others_moved()
-    evaluation = by_formulas(recording) if perhaps_chain else None
+    evaluation = by_formulas(chain_terms.chain_of(recording)) if perhaps_chain else None
     if evaluation is not None:
         return evaluation
     forward = _Pass(model, x, recording, rng, buffers, versions)
@@ -229,6 +232,10 @@ def evaluate_terms(
             norms[-1] = norms[-1]._replace(sq_norms=norms[-1].sq_norms.detach())
     recording.gate.closed = True
     return Evaluation(recording.output, norms, data_loss)
+
+
+# models whose criterion depends on more than the output: not run in vain for that again
+_was_foreign: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
 def _one_backward_pass_does(terms: Sequence[tuple[Term, Criterion]], data: Criterion, create_graph: bool) -> bool:
@@ -505,18 +512,13 @@ def needs_deltas(term: Term) -> bool:
     return isinstance(term, ParamTerm) and term.method == "exact" and term.over != "batch"
 
 
-def check_call(
-    model: nn.Module, terms: Sequence[Term], modules: Mapping[str, nn.Module] | None = None
-) -> list[dict[str, nn.Parameter]]:
-    """Refuse what cannot be right before any forward pass; for every term, the parameters that count.
-
-    `modules` are those of the model by name, if they are at hand.
-    """
+def check_call(model: nn.Module, terms: Sequence[Term]) -> list[dict[str, nn.Parameter]]:
+    """Refuse what cannot be right before any forward pass; for every term, the parameters that count."""
     _checks.check_model(model)
     _checks.check_grad_enabled()
     if terms:
         _checks.check_not_static(model)
-    modules = dict(model.named_modules()) if modules is None else modules
+    modules = dict(model.named_modules())
     exact = next((term.method for term in terms if term.method != "finite_difference"), None)
     if exact is not None:
         _checks.check_not_compiled(modules.values(), exact)

@@ -65,7 +65,7 @@ class Recording:
     is_hooked: bool = False
 
 
-def record_forward(model: nn.Module, x: Any, *, input_grad: bool, calls: bool, gated: bool = True) -> Recording:
+def record_forward(model: nn.Module, x: Any, *, input_grad: bool, calls: bool) -> Recording:
     """Run ``model(x)`` once.
 
     Args:
@@ -73,7 +73,6 @@ def record_forward(model: nn.Module, x: Any, *, input_grad: bool, calls: bool, g
         x: a tensor, a tuple (passed as ``model(*x)``) or a dict (``model(**x)``).
         input_grad: make the floating-point inputs require grad (on detached aliases unless they do already).
         calls: record the parametric calls.
-        gated: give later backward passes no way to inputs that only gradpen asks for.
 
     Raises:
         TypeError: if `input_grad` and no input is a floating-point tensor.
@@ -86,11 +85,10 @@ def record_forward(model: nn.Module, x: Any, *, input_grad: bool, calls: bool, g
             "expected at least one floating-point input tensor to differentiate with respect to, got "
             f"{_describe(x)}: convert it (x.float()), or penalise an embedding instead of integer indices"
         )
-    if not (calls or (input_grad and gated)):
-        with _in_place_explained(input_grad):
-            return Recording(call_model(model, fed), inputs, is_hooked=_saved_tensors_are_hooked())
+    if not (calls or input_grad):
+        return Recording(call_model(model, fed), inputs)
     given = {id(tensor) for tensor in float_tensors(x)}
-    gate = InputGate([tensor for tensor in inputs if input_grad and gated and id(tensor) not in given])
+    gate = InputGate([tensor for tensor in inputs if input_grad and id(tensor) not in given])
     with CallRecorder(gate) as recorder, _in_place_explained(input_grad):
         output = call_model(model, fed)
     return Recording(output, inputs, recorder.calls, gate, recorder.is_hooked or _saved_tensors_are_hooked())

@@ -17,7 +17,7 @@ FLOORS = [  # from the ground up; a folder is one entry
     {"_checks", "_numerics", "_graph", "report"},
     {"criteria", "recording", "spectral", "history"},
     {"closed_form", "cotangents", "dense_chain", "finite_difference", "isolation", "plotting"},
-    {"chain_norms", "gradients", "jacobians", "terms"},
+    {"chain_norms", "gradients", "jacobians", "module_chain", "terms"},
     {"chain_mean", "mixing"},
     {"chain_terms", "param_norms"},
     {"evaluation", "sides"},
