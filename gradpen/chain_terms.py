@@ -154,8 +154,6 @@ def _with_data_loss(
 
 def chain_of(recording: Recording) -> DenseChain | None:
     """The model as a chain, if it is one: from the very input on, where that requires grad."""
-    if recording.is_hooked:
-        return None
     differentiable = [tensor for tensor in recording.inputs if tensor.requires_grad]
     if not differentiable:
         return read_chain(recording.output, None)

@@ -202,7 +202,7 @@ def evaluate_terms(
     recording = record_forward(model, x, input_grad=input_grad, calls=calls)
     if others is not None:
         others.moved = others.moved or rng.others_moved()
-    evaluation = by_formulas(chain_terms.chain_of(recording)) if perhaps_chain else None
+    evaluation = by_formulas(chain_terms.chain_of(recording)) if perhaps_chain and not recording.is_hooked else None
     if evaluation is not None:
         return evaluation
     forward = _Pass(model, x, recording, rng, buffers, versions)

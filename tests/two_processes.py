@@ -154,3 +154,4 @@ def main(folder: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(Path(sys.argv[1]))
+    torch.distributed.destroy_process_group()  # or its threads may still run when the process ends
