@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gradpen._graph import save_tree, saved_tree
 from gradpen._numerics import divide_or_zero, full_precision, sum_tensors
-from gradpen.chain_norms import Deltas, NormOf, deltas_of, mean_gradients
+from gradpen.chain_norms import Deltas, NormOf, deltas_of, mean_gradients, total_norm
 from gradpen.cotangents import OfScalar
 from gradpen.dense_chain import DenseChain
 from gradpen.finite_difference import derived_once
@@ -69,7 +69,7 @@ def mean_and_norms(
     """
     with torch.no_grad():
         gradients = mean_gradients(chain, deltas)
-        norms = [_norm(gradients, difference.norm_of) for difference in differences]
+        norms = [total_norm(_counted(gradients, difference.norm_of), value) for difference in differences]
         displaced = []
         for place, (difference, norm) in enumerate(zip(differences, norms, strict=True)):
             inverse = divide_or_zero(torch.ones_like(norm), norm)
@@ -105,11 +105,6 @@ def _counted(gradients: Gradients, norm_of: NormOf) -> list[Tensor]:
     return [gradient for gradient, counts in each if counts and gradient is not None]
 
 
-def _norm(gradients: Gradients, norm_of: NormOf) -> Tensor:
-    norms = [torch.linalg.vector_norm(gradient) for gradient in _counted(gradients, norm_of)]
-    return torch.linalg.vector_norm(torch.stack(norms))
-
-
 def _moved(chain: DenseChain, gradients: Gradients, norm_of: NormOf, scale: Tensor) -> DenseChain:
     """The same layers, and the same dropout masks, where the parameters that count are displaced by scale · gradient."""
     weights = [
@@ -138,12 +133,13 @@ class _MeanAndNorms(torch.autograd.Function):
         *leaves: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        save_tree(ctx, (multiple, gradients, norms, here, displaced, leaves))
+        ctx.leaves = leaves
+        save_tree(ctx, (multiple, gradients, norms, here, displaced))
         return value.clone(), *[norm.clone() for norm in norms]
 
     @staticmethod
     def backward(ctx: Any, of_value: Tensor | None, *of_norms: Tensor | None) -> tuple[Tensor | None, ...]:
-        multiple, gradients, norms, here, displaced, leaves = saved_tree(ctx)
+        multiple, gradients, norms, here, displaced = saved_tree(ctx)
         with torch.no_grad(), full_precision(gradients[0][0].device):
             of_norms = tuple(  # none where the norm is 0
                 None if of_norm is None else torch.where(norm > 0, of_norm, 0.0)
@@ -158,7 +154,7 @@ class _MeanAndNorms(torch.autograd.Function):
             ]
             found = _combined(gradients, sum_tensors(scales), there)
         if torch.is_grad_enabled():
-            found = derived_once(found, leaves)
+            found = derived_once(found, ctx.leaves)
         return (None,) * 6 + tuple(found)
 
 

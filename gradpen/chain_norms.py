@@ -21,7 +21,7 @@ from torch import Tensor
 from gradpen._graph import save_tree, saved_tree
 from gradpen._numerics import full_precision, row_sq_norm, sum_tensors, total_sq_norm
 from gradpen.cotangents import Cotangent
-from gradpen.dense_chain import DenseChain
+from gradpen.dense_chain import DenseChain, may_overwrite
 
 Row = tuple[Tensor | None, ...]  # something for every layer
 
@@ -85,7 +85,7 @@ def mean_gradients(chain: DenseChain, deltas: Deltas) -> tuple[list[Tensor], lis
 
 
 def _factors(chain: DenseChain, deltas: Deltas, norm: NormOf) -> tuple[Row, ...]:
-    """What the squared norm is made of, by layer; `_NUM_FACTORS` rows.
+    """What the squared norm is made of, by layer: no rows, or two.
 
     For single samples 1 + ‖h_t‖² and ‖δ_t‖², (B,); for the batch the gradients of W_t and b_t. None where nothing counts.
     """
@@ -99,9 +99,6 @@ def _factors(chain: DenseChain, deltas: Deltas, norm: NormOf) -> tuple[Row, ...]
         weights, biases = mean_gradients(chain, deltas)
         return _only(weights, norm.weights), _only(biases, norm.biases)
     return ()
-
-
-_NUM_FACTORS = {"input": 0, "sample": 2, "batch": 2}
 
 
 def _size(h: Tensor, weight: bool, bias: bool) -> Tensor | None:
@@ -126,11 +123,20 @@ def _sq_norm(deltas: Deltas, norm: NormOf, factors: Sequence[Row]) -> Tensor:
         return _row_sq_norm(deltas.entry)
     if norm.what == "batch":
         found = [gradient for row in factors for gradient in row if gradient is not None]
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and found:
             return total_sq_norm(found).reshape(1)
-        return torch.stack([torch.linalg.vector_norm(gradient) for gradient in found]).square_().sum().reshape(1)
+        return total_norm(found, deltas.at[0]).square().reshape(1)
     pairs = [(size, square) for size, square in zip(*factors, strict=True) if size is not None and square is not None]
+    if not pairs:  # none of the parameters is in the chain
+        return deltas.at[0].new_zeros(len(deltas.at[0]))
     return sum_tensors([size * square for size, square in pairs])
+
+
+def total_norm(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
+    """‖·‖ of all entries of all tensors together, which may be none: 0-dim, not to be differentiated."""
+    if not tensors:
+        return like.new_zeros(())
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensors]))
 
 
 # --- derivatives ---------------------------------------------------------------------------------------------------
@@ -171,13 +177,14 @@ class _Chain(torch.autograd.Function):
             factors = [_factors(chain, deltas, norm) for norm in norms]
             kept.append((deltas, factors))
             found += [_sq_norm(deltas, norm, its_factors) for norm, its_factors in zip(norms, factors, strict=True)]
-        save_tree(ctx, (chain, kept))
+        unread = chain.output.new_empty(0)  # others may change the output, and it is not needed
+        save_tree(ctx, (chain._replace(output=unread), kept))
         return chain.output.detach(), *found
 
     @staticmethod
     def backward(ctx: Any, delta: Tensor | None, *of_norms: Tensor | None) -> tuple[Tensor | None, ...]:
         chain, kept = saved_tree(ctx)
-        with full_precision(chain.output.device):
+        with full_precision(chain.hidden[0].device):
             weights, biases = _backward(chain, zip(ctx.measured, kept, strict=True), delta, iter(of_norms))
         there = [grad for grad, bias in zip(biases, chain.biases, strict=True) if bias is not None]
         return None, None, *weights, *there
@@ -317,14 +324,14 @@ def _add_scaled(total: Tensor | None, more: Tensor, scale: Tensor) -> Tensor:
     """Total + more · scale, written over the total."""
     if total is None:
         return more * scale
-    return torch.addcmul(total, more, scale) if torch.is_grad_enabled() else total.addcmul_(more, scale)
+    return total.addcmul_(more, scale) if may_overwrite() else torch.addcmul(total, more, scale)
 
 
 def _add_product(total: Tensor | None, delta: Tensor | None, h: Tensor) -> Tensor | None:
     """Total + δᵀ h, written over the total."""
     if total is None or delta is None:
         return total if delta is None else delta.t() @ h
-    out = None if torch.is_grad_enabled() else total  # in the form that torch.utils.flop_counter knows
+    out = total if may_overwrite() else None  # in the form that torch.utils.flop_counter knows
     return torch.addmm(total, delta.t(), h, out=out)
 
 

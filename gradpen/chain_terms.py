@@ -55,7 +55,7 @@ class Found(NamedTuple):
 
 
 def have_formulas(requests: Sequence[Request], *, first_order: bool) -> bool:
-    """Whether all that is asked for, and something is, can be had from a chain; `first_order`: as `evaluate` with `data`."""
+    """Whether all that is asked for, if anything, can be had from a chain; differences only if all else is `first_order`."""
     return bool(requests) and all(
         _has_formula(request) or (first_order and _difference(request) is not None) for request in requests
     )
@@ -133,6 +133,8 @@ def _with_data_loss(
 ) -> Found | None:
     """All requests are of the f_i that the data loss is made of, and need first derivatives only."""
     terms = [_difference(request) if create_graph else None for request in requests]  # their values need none
+    if any(terms) and chain.output.requires_grad:
+        return None  # what a model did by its graph may be something else where the parameters are displaced
     norms = [_norm_of(request, chain) for request in requests]
     cotangent = _cotangent_of(model, chain.output, requests[0], norms, create_graph=False)
     if cotangent is None:
@@ -170,8 +172,7 @@ def _has_formula(request: Request) -> bool:
 def _difference(request: Request) -> ParamTerm | None:
     """The term, if it asks for a finite difference over the batch."""
     term = request.term
-    is_difference = isinstance(term, ParamTerm) and term.method == "finite_difference" and term.over == "batch"
-    return term if isinstance(term, ParamTerm) and is_difference else None
+    return term if isinstance(term, ParamTerm) and term.is_batch_difference else None
 
 
 def _projection(request: Request) -> InputTerm | None:
@@ -191,7 +192,8 @@ def _by_scalar(requests: Sequence[Request]) -> list[list[int]]:
 
 def _norm_of(request: Request, chain: DenseChain) -> NormOf:
     if isinstance(request.term, InputTerm):
-        return NormOf("input", *[(False,) * len(chain.weights)] * 2)
+        nothing = (False,) * len(chain.weights)
+        return NormOf("input", nothing, nothing)
     counted = {id(parameter) for parameter in request.parameters.values()}
     weights = tuple([id(weight) in counted for weight in chain.weights])
     return NormOf(str(request.term.over), weights, tuple([id(bias) in counted for bias in chain.biases]))

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from gradpen._graph import differentiate
-from gradpen.criteria import Scalar
+from gradpen.criteria import IGNORED, Scalar
+from gradpen.recording import RngState
 
 aten = torch.ops.aten
 
@@ -54,10 +55,12 @@ class ByAutograd:
         output: what it depends on.
     """
 
-    def __init__(self, function: Scalar, output: Tensor) -> None:
-        self.function, self.output = function, output
+    def __init__(self, function: Scalar, output: Tensor, rng: RngState | None = None) -> None:
+        self.output = output
+        self._function = function
+        self._rng = RngState.capture(torch_alone=True) if rng is None else rng
         with torch.enable_grad():
-            self.f = function(output)
+            self.f = function(output.clone())  # which it may change in place
 
     @cached_property
     def value(self) -> Tensor:
@@ -74,8 +77,11 @@ class ByAutograd:
         return found
 
     def at(self, output: Tensor) -> OfScalar:
-        """At another output."""
-        return ByAutograd(self.function, output) if torch.is_grad_enabled() else cotangent_of(self.function, output)
+        """At another output, with the same random numbers."""
+        if not torch.is_grad_enabled():
+            output = output.detach().requires_grad_()
+        with self._rng.replayed():
+            return ByAutograd(self._function, output, self._rng)
 
 
 class OfCrossEntropy:
@@ -123,5 +129,4 @@ class Constant:
         return self
 
 
-IGNORED = -100  # the target that F.cross_entropy leaves out
 _UNREDUCED = 0  # torch's number of reduction="none"

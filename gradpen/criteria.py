@@ -45,8 +45,8 @@ class Criterion:
         """The multiple that ``data_loss`` is of mean_i f_i, a constant to be multiplied by, if `follows_mean`."""
         if self.reduction == "sum":
             return float(batch_size)
-        if self.source is F.cross_entropy and isinstance(target, Tensor) and not target.is_floating_point():
-            return target.numel() / (target != -100).sum().clamp(min=1)  # it leaves out targets of -100
+        if self.source is F.cross_entropy and isinstance(target, Tensor) and target.dtype == torch.int64:
+            return target.numel() / (target != IGNORED).sum().clamp(min=1)
         if self._divides_by_weights:  # all f_i >= 0, so nothing cancels
             ratio = torch.where(mean > 0, data_loss / torch.where(mean > 0, mean, 1.0), 1.0).detach()
             without_weights = (ratio - 1).abs() <= 8 * torch.finfo(ratio.dtype).eps
@@ -84,6 +84,7 @@ class Criterion:
         return rows.sum(1) if self.reduction in _SUMMED else rows.mean(1)
 
 
+IGNORED = -100  # the target that F.cross_entropy leaves out unless told otherwise
 _SUMMED = ("sum", "batchmean")  # both add up the entries of a sample; "batchmean" then averages over the samples
 
 
@@ -139,7 +140,7 @@ class Scalar:
         """Whether f_i is F.cross_entropy of one class a sample, without weights or smoothing."""
         known = self.source is F.cross_entropy or (
             type(self.source) is nn.CrossEntropyLoss
-            and (self.source.weight, self.source.label_smoothing, self.source.ignore_index) == (None, 0.0, -100)
+            and (self.source.weight, self.source.label_smoothing, self.source.ignore_index) == (None, 0.0, IGNORED)
             and not (self.source._forward_hooks or self.source._forward_pre_hooks)
         )
         return (
@@ -148,7 +149,8 @@ class Scalar:
             and isinstance(self.target, Tensor)
             and self.target.dtype == torch.int64
             and output.dim() == 2
-            and self.target.shape == output.shape[:1]
+            and 0 < len(output) == self.target.numel()
+            and self.target.dim() == 1
         )
 
     def __call__(self, output: Any) -> Tensor:

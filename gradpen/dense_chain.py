@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from gradpen._graph import VIEW_NODES
 
@@ -90,6 +91,11 @@ KINDS: dict[str, Kind] = {  # by the name of the node
 }
 
 
+def may_overwrite() -> bool:
+    """Whether a tensor that is not needed any more may be written over: nobody differentiates or batches the operation."""
+    return not torch.is_grad_enabled() and torch._C._functorch.peek_interpreter_stack() is None
+
+
 class Elementwise(NamedTuple):
     """h = factor ⊙ g(z): what lies between two dense layers, or nothing at all."""
 
@@ -124,8 +130,8 @@ class Elementwise(NamedTuple):
 
     def pull_into(self, cotangent: Tensor, of_saved: Tensor | None = None) -> Tensor:
         """`pull` of a cotangent that nobody else has or wants: its memory is used again where that can be."""
-        plain = self.factor is None and of_saved is None and not torch.is_grad_enabled()
-        if plain and self.kind is not None and self.kind.backward_into is not None:
+        plain = self.factor is None and of_saved is None
+        if plain and may_overwrite() and self.kind is not None and self.kind.backward_into is not None:
             return self.kind.backward_into(cotangent, self.saved, *self.options)
         return self.pull(cotangent, of_saved)
 
@@ -165,11 +171,11 @@ class DenseChain(NamedTuple):
 
     @property
     def leaves(self) -> list[Tensor]:
-        """All weights and biases."""
+        """All weights and then all biases."""
         return [leaf for leaf in (*self.weights, *self.biases) if leaf is not None]
 
     def with_parameters(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> DenseChain:
-        """The same layers, dropout masks included, on the same input, with other weights and biases."""
+        """The same layers on the same input with other weights and biases; factors stay as they are."""
         hidden, between, h = [], [], self.hidden[0]
         for weight, bias, elementwise in zip(weights, biases, (*self.between, None), strict=True):
             hidden.append(h)
@@ -196,10 +202,10 @@ def read_chain(output: Any, entry: Tensor | None) -> DenseChain | None:
         layer = _read_dense(node)
         if layer is None:
             return None
-        weight, bias, input, behind = layer
+        weight, bias, h, behind = layer
         weights.append(weight)
         biases.append(bias)
-        hidden.append(input)
+        hidden.append(h)
         if behind is None or _leads_to(behind, entry):
             break
         elementwise, node = _read_elementwise(behind)
@@ -226,19 +232,26 @@ def _is_plain(output: Any) -> bool:
 
 
 def is_ordinary_call(device: torch.device) -> bool:
-    """Outside of autocast, which would cast in the products, and of torch.func, which does not know nodes of one's own."""
-    return not torch.is_autocast_enabled(device.type) and torch._C._functorch.peek_interpreter_stack() is None
-
-
-def is_ordinary_leaf(tensor: Any, dtype: torch.dtype) -> bool:
-    """A trainable parameter, float32 or float64 as all others are."""
+    """Outside of autocast, which casts in products, and of what knows no nodes of one's own: torch.func, forward mode."""
     return (
-        isinstance(tensor, Tensor)
-        and _is_of_torch(tensor)
-        and tensor.is_leaf
-        and tensor.requires_grad
-        and tensor.dtype == dtype
-        and dtype in (torch.float32, torch.float64)
+        not torch.is_autocast_enabled(device.type)
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+    )
+
+
+def are_layers(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> bool:
+    """Trainable leaves of one type, float32 or float64, none of them twice, each in the shape of a dense layer's."""
+    leaves = [leaf for leaf in (*weights, *biases) if leaf is not None]
+    dtype = leaves[0].dtype
+    return (
+        dtype in (torch.float32, torch.float64)
+        and len(set(map(id, leaves))) == len(leaves)
+        and all(_is_of_torch(leaf) and leaf.is_leaf and leaf.requires_grad and leaf.dtype == dtype for leaf in leaves)
+        and all(
+            weight.dim() == 2 and (bias is None or bias.shape == weight.shape[:1])
+            for weight, bias in zip(weights, biases, strict=True)
+        )
     )
 
 
@@ -256,17 +269,17 @@ def _read_dense(node: Any) -> tuple[Tensor, Tensor | None, Tensor, Any] | None:
     elif kind == "MmBackward0":
         (before, transposed), bias, saved = behind, _NO_BIAS, "_saved_self"
     elif kind == "_EntryLinearBackward":
-        (before, weight, bias), saved = (*behind, _NO_BIAS)[:3], "saved_tensors"
+        (before, weight, bias), saved = (*behind, _NO_BIAS)[:3], None
     else:
         return None
     if kind != "_EntryLinearBackward":
         weight = transposed.next_functions[0][0] if type(transposed).__name__ == "TBackward0" else None
     if not _is_leaf(weight) or not (bias is _NO_BIAS or _is_leaf(bias)):  # a frozen one has no node
         return None
-    input = _saved(node, saved)
-    if input is None or input._backward_hooks or input.retains_grad:
+    h = node.saved_tensors[0] if saved is None else _saved(node, saved)
+    if h is None or h._backward_hooks or h.retains_grad:
         return None
-    return weight.variable, None if bias is _NO_BIAS else bias.variable, input, before
+    return weight.variable, None if bias is _NO_BIAS else bias.variable, h, before
 
 
 _NO_BIAS = object()
@@ -295,17 +308,13 @@ def _read_elementwise(node: Any) -> tuple[Elementwise, Any]:
 
 def _saved(node: Any, name: str) -> Tensor | None:
     """A tensor that a node has kept; None if it was put away, or changed in place, of which autograd will say more."""
-    raw = getattr(node, _RAW.get(name) or f"_raw{name}")
+    raw = getattr(node, f"_raw{name}")
     if getattr(raw, "unpack_hook", None) is not None:  # a checkpoint or offloading, for which there is a reason
         return None
     try:
-        saved = getattr(node, name)
+        return getattr(node, name)
     except RuntimeError:
         return None
-    return saved[0] if name == "saved_tensors" else saved
-
-
-_RAW = {"saved_tensors": "_raw_saved_tensors"}
 
 
 def _is_leaf(node: Any) -> bool:
@@ -320,18 +329,13 @@ def _leads_to(node: Any, entry: Tensor | None) -> bool:
 
 
 def _fits_together(chain: DenseChain, entry: Tensor | None) -> bool:
-    """Nothing broadcast, no leaf used twice, one row a sample; for the rest the products themselves have seen to."""
+    """Nothing broadcast, no leaf used twice, one row a sample."""
     rows = chain.output.shape[0]
-    leaves = {id(leaf) for leaf in chain.leaves}
     return (
-        len(leaves) == len(chain.leaves)
-        and all(map(_is_of_torch, chain.leaves))
+        are_layers(chain.weights, chain.biases)
+        and all(h.layout == torch.strided and len(h) == rows for h in chain.hidden)
         and all(
-            bias is None or bias.shape == weight.shape[:1]
-            for weight, bias in zip(chain.weights, chain.biases, strict=True)
-        )
-        and all(
-            between.factor is None or h.shape == (rows, weight.shape[0])
+            between.factor is None or h.shape[1] == len(weight)
             for weight, between, h in zip(chain.weights, chain.between, chain.hidden[1:], strict=False)
         )
         and (entry is None or entry.shape[:1] == (rows,))

@@ -174,24 +174,34 @@ def evaluate_terms(
         for (term, criterion), chosen in zip(terms, parameters, strict=True)
     ]
     is_constant = not any(tensor.requires_grad for tensor in tensors_of(x))  # nobody wants derivatives in x
-    perhaps_chain = is_constant and chain_terms.have_formulas(requests, first_order=first_order)
+    codes = {mixing.code_of(request.function) for request in requests}
+    perhaps_chain = (
+        is_constant
+        and chain_terms.have_formulas(requests, first_order=first_order)
+        and codes.isdisjoint(_foreign.get(model, ()))
+    )
 
     def by_formulas(chain: DenseChain | None) -> Evaluation | None:
+        if chain is None:
+            return None
+        rng = RngState.capture(torch_alone=True)
         wanted_data = (data, y) if data is not None and first_order else None
-        found = None
-        if chain is not None:
-            found = chain_terms.evaluate(model, chain, requests, create_graph=create_graph, data=wanted_data)
-        _was_foreign[model] = chain is not None and found is None
+        found = chain_terms.evaluate(model, chain, requests, create_graph=create_graph, data=wanted_data)
         if found is None:
+            rng.restore()
             return None
         return Evaluation(found.output, [GroupNorms(sq_norms) for sq_norms in found.sq_norms], found.data_loss)
 
-    if perhaps_chain and not _was_foreign.get(model, False):
+    if perhaps_chain:
         rng = RngState.capture(torch_alone=True)
-        evaluation = by_formulas(run_chain(model, x))
+        chain = run_chain(model, x)
+        evaluation = by_formulas(chain)
         if evaluation is not None:
             return evaluation
-        rng.restore()  # such a forward pass leaves no other trace
+        if chain is not None:  # the criterion depends on more than the output
+            _foreign.setdefault(model, set()).update(codes)
+            perhaps_chain = False
+            rng.restore()
     displaced = any(term.method == "finite_difference" for term in kinds)
     repeated = displaced or any(needs_deltas(term) for term in kinds)  # perhaps, for parameters without closed form
     others = _OtherStreams.of(model) if repeated else None
@@ -202,7 +212,8 @@ def evaluate_terms(
     recording = record_forward(model, x, input_grad=input_grad, calls=calls)
     if others is not None:
         others.moved = others.moved or rng.others_moved()
-    evaluation = by_formulas(chain_terms.chain_of(recording)) if perhaps_chain and not recording.is_hooked else None
+    chain = chain_terms.chain_of(recording) if perhaps_chain and not recording.is_hooked else None
+    evaluation = by_formulas(chain)
     if evaluation is not None:
         return evaluation
     forward = _Pass(model, x, recording, rng, buffers, versions)
@@ -234,8 +245,8 @@ def evaluate_terms(
     return Evaluation(recording.output, norms, data_loss)
 
 
-# models whose criterion depends on more than the output: not run in vain for that again
-_was_foreign: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+# model → code of the criteria that depend on more than its output: it is not run in vain for these again
+_foreign: weakref.WeakKeyDictionary[nn.Module, set[Any]] = weakref.WeakKeyDictionary()
 
 
 def _one_backward_pass_does(terms: Sequence[tuple[Term, Criterion]], data: Criterion, create_graph: bool) -> bool:
@@ -244,14 +255,11 @@ def _one_backward_pass_does(terms: Sequence[tuple[Term, Criterion]], data: Crite
         bool(terms)
         and data.follows_mean
         and all(
-            scalar_key(term, criterion) == _source_key(data.source) and (_is_batch_difference(term) or not create_graph)
+            scalar_key(term, criterion) == _source_key(data.source)
+            and ((isinstance(term, ParamTerm) and term.is_batch_difference) or not create_graph)
             for term, criterion in terms
         )
     )
-
-
-def _is_batch_difference(term: Term) -> bool:
-    return isinstance(term, ParamTerm) and term.method == "finite_difference" and term.over == "batch"
 
 
 def evaluate_loss_terms(

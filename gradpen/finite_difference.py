@@ -179,15 +179,8 @@ def with_known_gradient(
     places: list[Any] = [*sources, *along]
     gradients = differentiate(loss, places)
     used = [(source, g) for source, g in zip(sources, gradients, strict=False) if g is not None]
-    return known_gradient(loss.detach(), used, list(gradients[len(sources) :]))
-
-
-def known_gradient(
-    value: Tensor, gradients: Sequence[tuple[Tensor, Tensor]], along: Sequence[Tensor | None] = ()
-) -> KnownGradient:
-    """A scalar of this value whose gradients with respect to some tensors are these: (tensor, gradient) pairs."""
-    replayed = _Replay.apply(value, [gradient for _, gradient in gradients], *[source for source, _ in gradients])
-    return KnownGradient(replayed, {id(source): gradient for source, gradient in gradients}, list(along))
+    replayed = _Replay.apply(loss.detach(), [g for _, g in used], *(source for source, _ in used))
+    return KnownGradient(replayed, {id(source): g for source, g in used}, list(gradients[len(sources) :]))
 
 
 class _Replay(torch.autograd.Function):

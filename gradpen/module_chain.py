@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from gradpen.dense_chain import KINDS, DenseChain, Elementwise, is_ordinary_call, is_ordinary_leaf
+from gradpen.dense_chain import KINDS, DenseChain, Elementwise, are_layers, is_ordinary_call
 
 # how a module's function is called in the graph, and its other arguments
 ACTIVATIONS: dict[type[nn.Module], tuple[str, Callable[[Any], tuple[Any, ...]]]] = {
@@ -27,7 +27,10 @@ ACTIVATIONS: dict[type[nn.Module], tuple[str, Callable[[Any], tuple[Any, ...]]]]
     nn.Softplus: ("SoftplusBackward0", lambda module: (module.beta, module.threshold)),
     nn.ELU: ("EluBackward0", lambda module: (module.alpha, 1.0, 1.0)),
 }
-OTHERS = {nn.Sequential, nn.Flatten, nn.Identity, nn.Linear, nn.Dropout}
+_FORWARDS: dict[Any, Any] = {  # as torch wrote them, whoever may have changed them since
+    kind: getattr(kind, "forward")
+    for kind in (*ACTIVATIONS, nn.Sequential, nn.Flatten, nn.Identity, nn.Linear, nn.Dropout)
+}
 
 
 class _Between(NamedTuple):
@@ -43,7 +46,8 @@ def run_chain(model: nn.Module, x: Any) -> DenseChain | None:
     It is evident of nested nn.Sequential of nn.Linear, activations and dropout, perhaps behind nn.Flatten, with nothing in
     it frozen, hooked, patched, compiled or used twice.
     """
-    if not (type(x) is Tensor and x.dim() >= 2 and not x.requires_grad and not x.is_inference()):
+    is_plain = type(x) is Tensor and x.layout == torch.strided and not x.requires_grad and not x.is_inference()
+    if not is_plain or x.dim() < 2:
         return None
     if not is_ordinary_call(x.device) or any(_GLOBAL_HOOKS):
         return None
@@ -53,8 +57,7 @@ def run_chain(model: nn.Module, x: Any) -> DenseChain | None:
         return None
     layers, between = plan
     weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
-    leaves = [leaf for leaf in (*weights, *biases) if leaf is not None]
-    if len(set(map(id, leaves))) < len(leaves) or not all(is_ordinary_leaf(leaf, x.dtype) for leaf in leaves):
+    if not are_layers(weights, biases) or weights[0].dtype != x.dtype:
         return None
     with torch.no_grad():
         return _run(x if x.dim() == 2 else x.flatten(1), weights, biases, between)
@@ -75,7 +78,7 @@ def _plain_modules(model: nn.Module) -> list[Any] | None:
     while pending:
         module = pending.pop()
         kind = type(module)
-        if not (kind in OTHERS or kind in ACTIVATIONS) or _is_changed(module):
+        if kind.forward is not _FORWARDS.get(kind) or _is_changed(module):
             return None
         if kind is nn.Sequential:
             pending += reversed(list(module._modules.values()))

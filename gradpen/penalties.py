@@ -261,7 +261,8 @@ class PenalizedOutput(NamedTuple):
         penalties: name → the unweighted R, 0-dim; 0 on steps that ``every_n_steps`` leaves out. Differentiable unless
             all weights are 0.
         output: the model's output. Penalties need not lead through it in the graph, nor through activations within the
-            model: the derivative of `loss` with respect to these is that of the data loss, or there is none.
+            model: the derivative of the loss with respect to these is that of the data loss, or there is none, and hooks
+            on nodes of the graph (``tensor.grad_fn.register_hook``) within the model need not run.
     """
 
     loss: Tensor

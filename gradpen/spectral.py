@@ -200,7 +200,7 @@ class _Recurrence(NamedTuple):
         By default down to the rounding of the coefficients; the host does not wait for the device.
         """
         rounds = math.ceil(-math.log(self.eps, 16)) if rounds is None else rounds
-        low = self.alphas.amax(0).squeeze(0).clamp(min=0)
+        low = torch.where(self.counts, self.alphas, 0.0).amax(0).squeeze(0).clamp(min=0)
         high = torch.ones_like(low)
         fractions = torch.linspace(0, 1, 17, dtype=low.dtype, device=low.device).unsqueeze(1)
         for _ in range(rounds):
@@ -221,7 +221,7 @@ class _Recurrence(NamedTuple):
 
 def _least_pivot(library: Any, mu: Any, alphas: Any, sq_betas: Any) -> Any:
     """The least of d_1 = μ − α_1 and d_j = μ − α_j − β²_{j−1}/d_{j−1}, of the sign of p_j/p_{j−1}; arrays or tensors."""
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):
         pivot = least = mu - alphas[0]
         for alpha, sq_beta in zip(alphas[1:], sq_betas, strict=False):
             pivot = mu - alpha - sq_beta / pivot

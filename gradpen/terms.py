@@ -81,6 +81,11 @@ class ParamTerm:
                 )
             object.__setattr__(self, "parameters", patterns)  # an iterator would be empty at the second call
 
+    @property
+    def is_batch_difference(self) -> bool:
+        """Whether it is the finite difference of the whole batch's gradient."""
+        return self.method == "finite_difference" and self.over == "batch"
+
     def group_size(self, batch_size: int) -> int:
         """Samples whose gradients are averaged before the norm is taken."""
         if self.over == "batch":

@@ -15,6 +15,7 @@ import references as ref
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.overrides import TorchFunctionMode
 
@@ -153,8 +154,11 @@ def everything(model: nn.Module, x: Tensor, y: Tensor, penalties: list, criterio
 def test_formulas_and_autograd_agree(name, activation, looked, monkeypatch):
     for kind, dropout, bias in ((nn.Sequential, 0.0, False), (nn.Sequential, 0.4, True), (Written, 0.4, True)):
         model, (x, y) = kind(*layers(ACTIVATIONS[activation], dropout, bias)), batch()
+        looked.found.clear()
         by_formulas = everything(model, x, y, PENALTIES[name]())
-        assert looked.found and all(looked.found)
+        # SELU is no activation that is known beforehand, and a graph does not say how a model would act elsewhere
+        displaces = "difference" in name and "measured" not in name
+        assert looked.found == [not displaces or (kind is nn.Sequential and activation != "selu")]
         with monkeypatch.context() as context:
             by_autograd(context)
             expected = everything(model, x, y, PENALTIES[name]())
@@ -322,7 +326,7 @@ def test_a_criterion_with_parameters_of_its_own(looked):
     scale = torch.ones((), dtype=torch.float64, requires_grad=True)
     out = PenalizedLoss(lambda o, t: F.cross_entropy(scale * o, t, reduction="none"), InputGradPenalty())(model, x, y)
     out.loss.backward()
-    assert looked.found == [False, False]  # run, and when run again, read
+    assert looked.found == [False]
     assert scale.grad is not None and scale.grad != 0
 
 
@@ -366,6 +370,134 @@ def test_a_backward_pass_under_autocast_keeps_the_precision_of_the_forward_pass(
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+def grads(loss: Tensor, model: nn.Module, **options) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], **options))
+
+
+def same_as_by_autograd(monkeypatch, compute: Callable[[], list[Tensor]]) -> None:
+    """What `compute` gives, and the numbers that are drawn after it, with and without formulas."""
+    found = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        found.append([*compute(), torch.rand(1)])
+        by_autograd(monkeypatch)
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def noisy(output: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(F.dropout(output, 0.5), target, reduction="none")
+
+
+@pytest.mark.parametrize("name", ["both", "forward difference"])
+def test_a_criterion_that_draws_random_numbers(name, looked, monkeypatch):
+    model, (x, y) = layers(), batch()
+    same_as_by_autograd(monkeypatch, lambda: grads(PenalizedLoss(noisy, *PENALTIES[name]())(model, x, y).loss, model))
+    assert looked.found == [True]
+
+
+def test_second_derivatives_see_the_same_random_numbers():
+    model, (x, y) = layers(), batch()
+    loss = PenalizedLoss(noisy, InputGradPenalty(0.1))(model, x, y).loss
+    first = grads(loss, model, retain_graph=True)
+    for a, b in zip(first, grads(loss, model, create_graph=True), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_criterion_that_draws_and_has_parameters(monkeypatch):
+    model, (x, y) = layers(), batch()
+    scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+    objective = PenalizedLoss(lambda o, t: noisy(scale * o, t), *PENALTIES["forward difference"]())
+    same_as_by_autograd(monkeypatch, lambda: grads(objective(model, x, y).loss, model))
+
+
+class Gated(ByHand):
+    """A mask that the parameters decide about."""
+
+    def forward(self, x):
+        z = self.first(x.flatten(1))
+        return self.last(z * (z > 0))
+
+
+@pytest.mark.parametrize("name", ["both", "forward difference"])
+def test_masks_that_depend_on_the_parameters(name, looked, monkeypatch):
+    model, (x, y) = Gated().double(), batch()
+    penalties = [ParamGradPenalty(0.1, over="batch", method="finite_difference", step=0.5)]
+    penalties = penalties if "difference" in name else PENALTIES[name]()
+    same_as_by_autograd(monkeypatch, lambda: grads(PenalizedLoss(F.cross_entropy, *penalties)(model, x, y).loss, model))
+    assert looked.found == ["difference" not in name]
+
+
+@pytest.mark.parametrize("kind", [nn.Sequential, Written])
+def test_a_bias_that_is_broadcast(kind, looked, monkeypatch):
+    model, (x, y) = kind(*layers()), batch()
+    model[1].bias = nn.Parameter(torch.ones(1, dtype=torch.float64))
+    same_as_by_autograd(
+        monkeypatch, lambda: [param_grad_sq_norm(model, x, y), param_grad_sq_norm(model, x, y, over="batch")]
+    )
+    assert not looked.found
+
+
+def test_targets_of_eight_bits():
+    model, x = nn.Linear(6, 200), torch.randn(4, 6)
+    y = torch.tensor([156, 156, 3, 4], dtype=torch.uint8)  # 156 is -100 in eight bits
+    expected = ref.flat_gradient(F.cross_entropy(model(x), y), model)
+    torch.testing.assert_close(
+        ref.flat_gradient(PenalizedLoss(F.cross_entropy, ParamGradPenalty(0.0))(model, x, y).loss, model), expected
+    )
+
+
+def test_a_class_that_somebody_has_patched(monkeypatch):
+    model, (x, y) = layers(), batch()
+    original = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 3 * original(self, x))
+    out = PenalizedLoss(F.cross_entropy, ParamGradPenalty(0.1))(model, x, y)
+    torch.testing.assert_close(out.data_loss, F.cross_entropy(model(x), y))
+
+
+def test_forward_mode_goes_through():
+    model, (x, y) = layers(), batch()
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        out = PenalizedLoss(F.cross_entropy, ParamGradPenalty(0.1, over="batch"))(model, dual, y)
+        tangents = [forward_ad.unpack_dual(loss).tangent for loss in (out.data_loss, F.cross_entropy(model(dual), y))]
+    torch.testing.assert_close(*tangents)
+
+
+@pytest.mark.parametrize("penalty", [ParamGradPenalty(), InputGradPenalty(), ParamGradPenalty(over="batch")])
+def test_an_empty_batch(penalty):
+    model, (x, y) = layers(), batch()
+    with pytest.raises(ValueError, match="at least one sample"):
+        penalty(model, x[:0], y[:0])
+
+
+@pytest.mark.parametrize("name", ["sample", "batch"])
+def test_none_of_the_parameters_is_in_the_chain(name, looked):
+    model, (x, y) = Written(*layers()), batch()
+    model.head = nn.Linear(2, 2).double()
+    model.forward = lambda x: nn.Sequential.forward(nn.Sequential(*list(model)[:-1]), x)
+    assert not param_grad_sq_norm(model, x, y, over=name, parameters=["head.*"]).any()
+    measured = ParamGradPenalty(0.1, over="batch", method="finite_difference", parameters=["head.*"])
+    out = PenalizedLoss(F.cross_entropy, measured)(model, x, y)
+    out.loss.backward()
+    assert out.penalties["param"] == 0
+    assert looked.found[0]
+
+
+def test_a_criterion_that_works_in_place(monkeypatch):
+    model, (x, y) = layers(), batch()
+    same_as_by_autograd(monkeypatch, lambda: [input_grad_sq_norm(model, x, y, of=lambda o, t: o.mul_(2)[:, 0])])
+
+
+def test_an_output_that_is_changed_before_the_backward_pass():
+    model, (x, y) = layers(), batch()
+    objective = PenalizedLoss(F.cross_entropy, InputGradPenalty(0.1))
+    expected = grads(objective(model, x, y).loss, model)
+    out = objective(model, x, y)
+    out.output.detach().zero_()
+    assert all(torch.equal(a, b) for a, b in zip(grads(out.loss, model), expected, strict=True))
+
+
 # ---- a model that was a chain when it was last seen -----------------------------------------------------------------
 
 
@@ -399,7 +531,7 @@ def test_it_is_found_out_that_a_model_is_no_chain_any_more(name, how, looked, mo
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
-def test_a_model_in_which_a_criterion_has_parameters_is_not_run_in_vain_again():
+def test_for_a_criterion_with_parameters_a_model_is_not_run_in_vain_again():
     model, (x, y) = layers(dropout=0.4), batch()
     counted = PassesOfDropout()
     scale = torch.ones((), dtype=torch.float64, requires_grad=True)
