@@ -166,6 +166,16 @@ def test_formulas_and_autograd_agree(name, activation, looked, monkeypatch):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["both", "measured", "forward difference"])
+def test_dropout_rests_in_eval_mode(name, looked, monkeypatch):
+    model, (x, y) = layers(dropout=0.4).eval(), batch()
+    by_formulas = everything(model, x, y, PENALTIES[name]())
+    assert all(looked.found)
+    by_autograd(monkeypatch)
+    for a, b in zip(by_formulas, everything(model, x, y, PENALTIES[name]()), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("name", ["both", "batch", "measured", "forward difference"])
 def test_one_layer_one_sample(name, size, looked, monkeypatch):
@@ -405,7 +415,7 @@ def test_second_derivatives_see_the_same_random_numbers():
 
 
 def test_a_criterion_that_draws_and_has_parameters(monkeypatch):
-    model, (x, y) = layers(), batch()
+    model, (x, y) = layers(dropout=0.4), batch()
     scale = torch.ones((), dtype=torch.float64, requires_grad=True)
     objective = PenalizedLoss(lambda o, t: noisy(scale * o, t), *PENALTIES["forward difference"]())
     same_as_by_autograd(monkeypatch, lambda: grads(objective(model, x, y).loss, model))

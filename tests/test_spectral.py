@@ -245,3 +245,30 @@ def test_a_row_does_not_depend_on_the_rows_beside_it():
         alone = bracket(slice(row, row + 1))
         torch.testing.assert_close(together.lower[row], alone.lower[0], rtol=1e-9, atol=0)
         torch.testing.assert_close(together.upper[row], alone.upper[0], rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_row_that_stops_early_does_not_see_what_came_after_it_had_stopped(seed):
+    """Its lower end is the Ritz value of the steps that count, not of coefficients that the iteration went on to make."""
+    torch.manual_seed(seed)
+    eigenvalues = torch.rand(12, 60)
+    eigenvalues[:6] **= torch.tensor([2.0, 4.0, 8.0, 10.0, 15.0, 20.0]).unsqueeze(1)
+    eigenvalues[6:] = torch.linspace(0, 1, 60) ** 0.02  # these take many more steps
+    start = torch.randn(12, 60)
+    delta = torch.tensor([1e-1, 1e-2, 1e-6] * 2 + [1e-30] * 6, dtype=torch.float64)
+    together = lanczos_bracket(lambda u: u * eigenvalues, start, delta=delta, rtol=0.02)
+    for row in range(12):
+        one = slice(row, row + 1)
+        alone = lanczos_bracket(lambda u, one=one: u * eigenvalues[one], start[one], delta=delta[one], rtol=0.02)
+        torch.testing.assert_close(together.lower[one], alone.lower, rtol=1e-6, atol=0)
+        torch.testing.assert_close(together.upper[one], alone.upper, rtol=1e-6, atol=0)
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_dead_rows_beside_others_warn_of_nothing():
+    torch.manual_seed(0)
+    diagonal = torch.rand(5, 40).sort(1).values
+    diagonal[0] = 0
+    start = torch.randn(5, 40) * (diagonal != 0)
+    found = lanczos_bracket(lambda u: u * diagonal, start, delta=1e-6, rtol=0.01)
+    assert found.lower[0] == found.upper[0] == 0
