@@ -74,6 +74,18 @@ def is_compiled(module: nn.Module) -> bool:
     return getattr(module, "_compiled_call_impl", None) is not None or type(module).__name__ == "OptimizedModule"
 
 
+def is_changed(module: Any) -> bool:
+    """Whether anything is done when a module is called beside the forward of its class."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
+        or module._compiled_call_impl is not None
+    )
+
+
 def check_not_static(model: nn.Module) -> None:
     """DistributedDataParallel(static_graph=True) takes a penalty's backward pass for that of the step."""
     if type(model).__name__ == "DistributedDataParallel" and getattr(model, "static_graph", False):

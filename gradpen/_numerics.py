@@ -45,6 +45,11 @@ def row_sq_norm(tensor: Tensor) -> Tensor:
     return (rows * rows).sum(1)
 
 
+def number_if_at_hand(scalar: Tensor) -> float | Tensor:
+    """A 0-dim tensor's number if that is on the CPU; for another device the host would have to wait."""
+    return float(scalar) if scalar.device.type == "cpu" else scalar
+
+
 def sum_tensors(tensors: Sequence[Tensor]) -> Tensor:
     """Sum of tensors of one shape, at least one."""
     return functools.reduce(torch.add, tensors)

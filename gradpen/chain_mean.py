@@ -6,16 +6,23 @@ move of the parameters: the gradient at θ is added to that at θ + r u within t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gradpen._graph import save_tree, saved_tree
-from gradpen._numerics import divide_or_zero, full_precision, sum_tensors
-from gradpen.chain_norms import Deltas, NormOf, deltas_of, mean_gradients, total_norm
-from gradpen.cotangents import OfScalar
+from gradpen._numerics import divide_or_zero, full_precision, number_if_at_hand, sum_tensors
+from gradpen.chain_norms import (
+    DataLoss,
+    Deltas,
+    NormOf,
+    deltas_of,
+    mean_gradients,
+    pulled_to_parameters,
+    total_norm,
+)
 from gradpen.dense_chain import DenseChain
 from gradpen.finite_difference import derived_once
 
@@ -49,35 +56,32 @@ class Difference(NamedTuple):
         return -sum(weight for _, weight in self.moves)
 
 
-def mean_and_norms(
-    chain: DenseChain,
-    deltas: Deltas,
-    value: Tensor,
-    multiple: float | Tensor,
-    differences: Sequence[Difference],
-    cotangent_at: Callable[[Tensor], OfScalar],
-) -> tuple[Tensor, ...]:
-    """A multiple of mean_i f_i, and norms of the gradient of the mean, differentiable to first order: all 0-dim.
+def with_known_gradient(
+    chain: DenseChain, deltas: Deltas, data_loss: DataLoss, differences: Sequence[Difference]
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Output, data loss, and norms of the gradient of the mean of the f_i, the last two differentiable to first order.
 
     Args:
         chain: the layers.
         deltas: δ_t of the f_i.
-        value: of the multiple of the mean.
-        multiple: that of the mean.
+        data_loss: made of the f_i.
         differences: the norms.
-        cotangent_at: ∂f_i/∂output at another output.
     """
     with torch.no_grad():
         gradients = mean_gradients(chain, deltas)
-        norms = [total_norm(_counted(gradients, difference.norm_of), value) for difference in differences]
+        norms = [total_norm(_counted(gradients, difference.norm_of), data_loss.value) for difference in differences]
         displaced = []
         for place, (difference, norm) in enumerate(zip(differences, norms, strict=True)):
             inverse = divide_or_zero(torch.ones_like(norm), norm)
             for signed_step, weight in difference.moves:
                 moved = _moved(chain, gradients, difference.norm_of, inverse * signed_step)
-                displaced.append(_Displaced(place, weight, moved, cotangent_at(moved.output).value.detach()))
+                cotangent = data_loss.cotangent.at(moved.output).value.detach()
+                displaced.append(_Displaced(place, weight, moved, cotangent))
     here = [difference.weight_here for difference in differences]
-    return _MeanAndNorms.apply(value, multiple, gradients, norms, here, displaced, *chain.leaves)
+    output, value, *roots = _WithKnownGradient.apply(
+        chain, data_loss.value, data_loss.multiple, gradients, norms, here, displaced, *chain.leaves
+    )
+    return chain.output if output is None else output, value, roots
 
 
 class _Displaced(NamedTuple):
@@ -118,12 +122,13 @@ def _moved(chain: DenseChain, gradients: Gradients, norm_of: NormOf, scale: Tens
     return chain.with_parameters(weights, biases)
 
 
-class _MeanAndNorms(torch.autograd.Function):
-    """Leaves → a multiple of the mean, and norms of its gradient."""
+class _WithKnownGradient(torch.autograd.Function):
+    """Leaves → output, unless it has a graph, a multiple of the mean, and norms of the gradient of the mean."""
 
     @staticmethod
     def forward(
         ctx: Any,
+        chain: DenseChain,
         value: Tensor,
         multiple: float | Tensor,
         gradients: Gradients,
@@ -131,42 +136,65 @@ class _MeanAndNorms(torch.autograd.Function):
         here: list[float],
         displaced: list[_Displaced],
         *leaves: Tensor,
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
         ctx.leaves = leaves
-        save_tree(ctx, (multiple, gradients, norms, here, displaced))
-        return value.clone(), *[norm.clone() for norm in norms]
+        output = None if chain.output.requires_grad else chain.output.detach()
+        kept = None if output is None else chain.without_output()
+        save_tree(ctx, (kept, multiple, gradients, norms, here, displaced))
+        return output, value, *[norm.clone() for norm in norms]
 
     @staticmethod
-    def backward(ctx: Any, of_value: Tensor | None, *of_norms: Tensor | None) -> tuple[Tensor | None, ...]:
-        multiple, gradients, norms, here, displaced = saved_tree(ctx)
-        with torch.no_grad(), full_precision(gradients[0][0].device):
-            of_norms = tuple(  # none where the norm is 0
-                None if of_norm is None else torch.where(norm > 0, of_norm, 0.0)
-                for of_norm, norm in zip(of_norms, norms, strict=True)
-            )
-            scales = [] if of_value is None else [of_value * multiple]
-            scales += [of_norm * weight for of_norm, weight in zip(of_norms, here, strict=True) if of_norm is not None]
-            there = [
-                (chain, cotangent * (of_norms[place] * weight))
-                for place, weight, chain, cotangent in displaced
-                if of_norms[place] is not None
-            ]
-            found = _combined(gradients, sum_tensors(scales), there)
-        if torch.is_grad_enabled():
-            found = derived_once(found, ctx.leaves)
-        return (None,) * 6 + tuple(found)
+    def backward(
+        ctx: Any, of_output: Tensor | None, of_value: Tensor | None, *of_norms: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        chain, multiple, gradients, norms, here, displaced = saved_tree(ctx)
+        found = None
+        with full_precision(gradients[0][0].device):
+            if of_value is not None or any(of_norm is not None for of_norm in of_norms):
+                with torch.no_grad():
+                    found = _combined(gradients, norms, here, displaced, multiple, of_value, of_norms)
+                if torch.is_grad_enabled():
+                    found = derived_once(found, ctx.leaves)
+            if of_output is not None:
+                through_output = pulled_to_parameters(chain, of_output)
+                found = through_output if found is None else [a + b for a, b in zip(found, through_output, strict=True)]
+        return (None,) * 7 + tuple(found or [None] * len(ctx.leaves))
 
 
-def _combined(gradients: Gradients, scale: Tensor, there: Sequence[tuple[DenseChain, Tensor]]) -> list[Tensor]:
+def _combined(
+    gradients: Gradients,
+    norms: Sequence[Tensor],
+    here: Sequence[float],
+    displaced: Sequence[_Displaced],
+    multiple: float | Tensor,
+    of_value: Tensor | None,
+    of_norms: Sequence[Tensor | None],
+) -> list[Tensor]:
+    """Cotangents of the leaves from those of the multiple of the mean and of the norms."""
+    of_norms = tuple(  # none where the norm is 0
+        None if of_norm is None else torch.where(norm > 0, of_norm, 0.0)
+        for of_norm, norm in zip(of_norms, norms, strict=True)
+    )
+    scales = [] if of_value is None else [of_value * multiple]
+    scales += [of_norm * weight for of_norm, weight in zip(of_norms, here, strict=True) if of_norm is not None]
+    there = [
+        (chain, cotangent * (of_norm * weight))
+        for place, weight, chain, cotangent in displaced
+        if (of_norm := of_norms[place]) is not None
+    ]
+    return _weighted(gradients, sum_tensors(scales), there)
+
+
+def _weighted(gradients: Gradients, scale: Tensor, there: Sequence[tuple[DenseChain, Tensor]]) -> list[Tensor]:
     """scale · gradients + Σ ∇ mean_i f_i of other chains, whose ∂f_i/∂output are given; weights first, then biases."""
     weights, biases = gradients
     known = [*weights, *[bias for bias in biases if bias is not None]]
-    factor = float(scale) if scale.device.type == "cpu" else None  # another device would make the host wait for it
+    factor = number_if_at_hand(scale)
     if not there:
-        return known if factor == 1 else [gradient * scale for gradient in known]
-    if factor is None:
-        known, factor = [gradient * scale for gradient in known], 1.0
+        return known if isinstance(factor, float) and factor == 1 else [gradient * factor for gradient in known]
+    if isinstance(factor, Tensor):
+        known, factor = [gradient * factor for gradient in known], 1.0
     found = known
     for place, (chain, cotangent) in enumerate(there):
         found = _plus_mean_gradients(found, factor if place == 0 else 1.0, chain, cotangent)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gradpen._graph import save_tree, saved_tree
 from gradpen._numerics import full_precision, row_sq_norm, sum_tensors, total_sq_norm
-from gradpen.cotangents import Cotangent
+from gradpen.cotangents import Cotangent, OfScalar
 from gradpen.dense_chain import DenseChain, may_overwrite
 
 Row = tuple[Tensor | None, ...]  # something for every layer
@@ -71,23 +71,26 @@ def deltas_of(chain: DenseChain, cotangent: Tensor, norms: Sequence[NormOf]) -> 
 
 def sq_norms(chain: DenseChain, deltas: Deltas, norms: Sequence[NormOf]) -> list[Tensor]:
     """The squared norms that are asked for: (B,), or (1,) for "batch"."""
-    return [_sq_norm(deltas, norm, _factors(chain, deltas, norm)) for norm in norms]
+    return [_sq_norm(chain, deltas, norm, _factors(chain, deltas, norm)) for norm in norms]
 
 
 def mean_gradients(chain: DenseChain, deltas: Deltas) -> tuple[list[Tensor], list[Tensor | None]]:
     """∇ mean_i f_i of every weight, and of every bias that there is."""
-    zero, scale = deltas.at[0].new_zeros(1), 1 / len(chain.hidden[0])  # divided within the product
-    weights = [
-        torch.addmm(zero, delta.t(), h, beta=0, alpha=scale) for delta, h in zip(deltas.at, chain.hidden, strict=True)
-    ]
+    weights = [_mean_product(delta, h) for delta, h in zip(deltas.at, chain.hidden, strict=True)]
     biases = [None if bias is None else delta.mean(0) for delta, bias in zip(deltas.at, chain.biases, strict=True)]
     return weights, biases
 
 
-def _factors(chain: DenseChain, deltas: Deltas, norm: NormOf) -> tuple[Row, ...]:
-    """What the squared norm is made of, by layer: no rows, or two.
+def _mean_product(delta: Tensor, h: Tensor) -> Tensor:
+    """mean_i δ_i h_iᵀ, divided within the product."""
+    return torch.addmm(delta.new_zeros(1), delta.t(), h, beta=0, alpha=1 / len(h))
 
-    For single samples 1 + ‖h_t‖² and ‖δ_t‖², (B,); for the batch the gradients of W_t and b_t. None where nothing counts.
+
+def _factors(chain: DenseChain, deltas: Deltas, norm: NormOf) -> tuple[Row, ...]:
+    """What the squared norm is made of, by layer: no rows, two, or three. None where nothing counts.
+
+    For single samples 1 + ‖h_t‖² and ‖δ_t‖², (B,). For the batch the gradients G_t of W_t and g_t of b_t, and where that is
+    cheaper h_t G_tᵀ, (B, n_t), instead of G_t.
     """
     which = list(zip(norm.weights, norm.biases, strict=True))
     if norm.what == "sample":
@@ -96,9 +99,36 @@ def _factors(chain: DenseChain, deltas: Deltas, norm: NormOf) -> tuple[Row, ...]
             [_row_sq_norm(d) if any(counted) else None for d, counted in zip(deltas.at, which, strict=True)]
         )
     if norm.what == "batch":
-        weights, biases = mean_gradients(chain, deltas)
-        return _only(weights, norm.weights), _only(biases, norm.biases)
+        each = list(zip(deltas.at, chain.hidden, which, strict=True))
+        by_products = [counts and _by_products(delta, h, t) for t, (delta, h, (counts, _)) in enumerate(each)]
+        return (
+            tuple(
+                [
+                    _mean_product(delta, h) if counts and not without else None
+                    for (delta, h, (counts, _)), without in zip(each, by_products, strict=True)
+                ]
+            ),
+            tuple([delta.mean(0) if counts else None for delta, _, (_, counts) in each]),
+            tuple(
+                [
+                    _mean_product(h @ h.t(), delta) if without else None
+                    for (delta, h, _), without in zip(each, by_products, strict=True)
+                ]
+            ),
+        )
     return ()
+
+
+def _by_products(delta: Tensor, h: Tensor, t: int) -> bool:
+    """Whether products between samples, h_i · h_j and δ_i · δ_j, cost less than those of a weight's size, with G_t among them.
+
+    Values may cancel in them, of which the host has to be told (`_batch_sq_norm`), so it must not wait for a device.
+    """
+    if torch.is_grad_enabled() or h.device.type != "cpu":
+        return False
+    (size, rows), columns = delta.shape, h.shape[1]
+    between_samples, with_weight = (2, 3) if t > 0 else (1, 2)  # nobody asks for the cotangent of h_1
+    return between_samples * size * (rows + columns) < with_weight * rows * columns
 
 
 def _size(h: Tensor, weight: bool, bias: bool) -> Tensor | None:
@@ -117,19 +147,38 @@ def _only(row: Sequence[Tensor | None], wanted: Sequence[bool]) -> Row:
     return tuple([tensor if is_wanted else None for tensor, is_wanted in zip(row, wanted, strict=True)])
 
 
-def _sq_norm(deltas: Deltas, norm: NormOf, factors: Sequence[Row]) -> Tensor:
+def _sq_norm(chain: DenseChain, deltas: Deltas, norm: NormOf, factors: Sequence[Row]) -> Tensor:
     if norm.what == "input":
         assert deltas.entry is not None
         return _row_sq_norm(deltas.entry)
     if norm.what == "batch":
-        found = [gradient for row in factors for gradient in row if gradient is not None]
-        if torch.is_grad_enabled() and found:
-            return total_sq_norm(found).reshape(1)
-        return total_norm(found, deltas.at[0]).square().reshape(1)
+        return _batch_sq_norm(chain, deltas, norm, factors).reshape(1)
     pairs = [(size, square) for size, square in zip(*factors, strict=True) if size is not None and square is not None]
     if not pairs:  # none of the parameters is in the chain
         return deltas.at[0].new_zeros(len(deltas.at[0]))
     return sum_tensors([size * square for size, square in pairs])
+
+
+def _batch_sq_norm(chain: DenseChain, deltas: Deltas, norm: NormOf, factors: Sequence[Row]) -> Tensor:
+    """‖∇_θ mean_i f_i‖², 0-dim."""
+    *gradients, products = factors
+    found = [gradient for row in gradients for gradient in row if gradient is not None]
+    if torch.is_grad_enabled():
+        return total_sq_norm(found) if found else deltas.at[0].new_zeros(())
+    sq_norm = total_norm(found, deltas.at[0]).square()
+    spread = torch.zeros_like(sq_norm)  # what the diagonals h_i · h_i and δ_i · δ_i alone make up
+    for product, delta, h in zip(products, deltas.at, chain.hidden, strict=True):
+        if product is not None:  # ‖G‖² = ⟨h Gᵀ, δ⟩/B
+            sq_norm = sq_norm + torch.dot(product.flatten(), delta.flatten()) / len(h)
+            spread = spread + torch.dot(_row_sq_norm(h), _row_sq_norm(delta)) / len(h) ** 2
+    if bool(sq_norm < _CANCELLED * spread):
+        weights, biases = mean_gradients(chain, deltas)
+        counted = [*_only(weights, norm.weights), *_only(biases, norm.biases)]
+        return total_norm([gradient for gradient in counted if gradient is not None], sq_norm).square()
+    return sq_norm
+
+
+_CANCELLED = 1e-2  # below this part of the diagonals' share, products between samples have lost two digits and more
 
 
 def total_norm(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
@@ -149,45 +198,92 @@ class Measured(NamedTuple):
     norms: tuple[NormOf, ...]
 
 
+class DataLoss(NamedTuple):
+    """A loss whose gradient is known.
+
+    Attributes:
+        value: 0-dim.
+        cotangent: ∂f_i/∂output.
+        multiple: of mean_i f_i, that the loss is.
+    """
+
+    value: Tensor
+    cotangent: OfScalar
+    multiple: float | Tensor
+
+
+class Differentiable(NamedTuple):
+    """Functions of the parameters."""
+
+    output: Tensor
+    data_loss: Tensor | None
+    sq_norms: list[Sequence[Tensor]]  # for each f
+
+
 def output_with_graph(chain: DenseChain) -> Tensor:
     """The output as a function of the parameters."""
-    if chain.output.requires_grad:
-        return chain.output
-    output, _ = differentiable_sq_norms(chain, [])
-    return output
+    return chain.output if chain.output.requires_grad else differentiable(chain, []).output
 
 
-def differentiable_sq_norms(chain: DenseChain, measured: Sequence[Measured]) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
-    """The output and, for each f, its squared norms, as functions of the parameters: one node of the graph."""
-    output, *found = _Chain.apply(chain, tuple(measured), *chain.leaves)
+def differentiable(
+    chain: DenseChain, measured: Sequence[Measured], data_loss: DataLoss | None = None
+) -> Differentiable:
+    """The output, for each f its squared norms, and the data loss if there is one: one node of the graph."""
+    output, value, *found = _Chain.apply(chain, measured, data_loss, *chain.leaves)
     remaining = iter(found)
-    return output, [tuple(islice(remaining, len(norms))) for _, norms in measured]
+    return Differentiable(output, value, [list(islice(remaining, len(norms))) for _, norms in measured])
+
+
+def pulled_to_parameters(chain: DenseChain, delta: Tensor) -> list[Tensor]:
+    """Cotangents of the `leaves` from that of the output."""
+    if torch.is_grad_enabled():
+        chain = chain.with_parameters(chain.weights, chain.biases)
+    weights, biases = _sweep_backward(chain, delta, _Gathered.empty(len(chain.weights)))
+    return [cotangent for cotangent in (*weights, *biases) if cotangent is not None]
 
 
 class _Chain(torch.autograd.Function):
-    """Leaves → output and squared norms."""
+    """Leaves → output, data loss and squared norms."""
 
     @staticmethod
-    def forward(ctx: Any, chain: DenseChain, measured: tuple[Measured, ...], *leaves: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, chain: DenseChain, measured: Sequence[Measured], data_loss: DataLoss | None, *leaves: Tensor
+    ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
         ctx.measured = measured
+        ctx.data_loss = None if data_loss is None else data_loss[1:]  # its value will refer to this node
         kept, found = [], []
         for cotangent, norms in measured:
             deltas = deltas_of(chain, cotangent.value, norms)
             factors = [_factors(chain, deltas, norm) for norm in norms]
             kept.append((deltas, factors))
-            found += [_sq_norm(deltas, norm, its_factors) for norm, its_factors in zip(norms, factors, strict=True)]
-        unread = chain.output.new_empty(0)  # others may change the output, and it is not needed
-        save_tree(ctx, (chain._replace(output=unread), kept))
-        return chain.output.detach(), *found
+            found += [
+                _sq_norm(chain, deltas, norm, its_factors) for norm, its_factors in zip(norms, factors, strict=True)
+            ]
+        save_tree(ctx, (chain.without_output(), kept))
+        return chain.output.detach(), None if data_loss is None else data_loss.value, *found
 
     @staticmethod
-    def backward(ctx: Any, delta: Tensor | None, *of_norms: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, of_output: Tensor | None, of_data_loss: Tensor | None, *of_norms: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         chain, kept = saved_tree(ctx)
         with full_precision(chain.hidden[0].device):
+            if torch.is_grad_enabled():  # create_graph=True: what was saved must not pass for constants
+                chain = chain.with_parameters(chain.weights, chain.biases)
+            delta = of_output
+            if of_data_loss is not None:
+                delta = _add(delta, _of_output(chain, of_data_loss, *ctx.data_loss))
             weights, biases = _backward(chain, zip(ctx.measured, kept, strict=True), delta, iter(of_norms))
         there = [grad for grad, bias in zip(biases, chain.biases, strict=True) if bias is not None]
-        return None, None, *weights, *there
+        return None, None, None, *weights, *there
+
+
+def _of_output(chain: DenseChain, of_data_loss: Tensor, cotangent: OfScalar, multiple: float | Tensor) -> Tensor:
+    """The cotangent of the output from that of the data loss."""
+    if torch.is_grad_enabled():
+        cotangent = cotangent.at(chain.output)
+    return cotangent.value * (of_data_loss * (multiple / len(chain.hidden[0])))
 
 
 def _backward(
@@ -198,8 +294,6 @@ def _backward(
 ) -> tuple[Row, Row]:
     """Cotangents of the weights and of the biases from those of the output and of the squared norms."""
     gathered = _Gathered.empty(len(chain.weights))
-    if torch.is_grad_enabled():  # create_graph=True: what was saved must not pass for constants
-        chain = chain.with_parameters(chain.weights, chain.biases)
     for (cotangent, norms), (deltas, factors) in measured:
         if torch.is_grad_enabled():
             cotangent = cotangent.at(chain.output)
@@ -255,10 +349,10 @@ def _sweep_forward(chain: DenseChain, deltas: Deltas, wanted: Sequence[_Wanted],
     last = len(chain.weights) - 1
     for t, (delta, h) in enumerate(zip(deltas.at, chain.hidden, strict=True)):
         for each, twice in by_layer:
-            first, second = [row[t] for row in each.factors]
+            first, second, *others = [row[t] for row in each.factors]
             with_h = t > 0 and each.norm.weights[t]
             if each.norm.what == "batch":
-                of_delta, of_h = _through_batch_norm(of_delta, delta, h, twice, first, second, with_h)
+                of_delta, of_h = _through_batch_norm(of_delta, delta, h, twice, first, second, *others, with_h=with_h)
                 gathered.hidden[t] = _add(gathered.hidden[t], of_h)
             elif first is not None and second is not None:  # (1 + ‖h_t‖²) ‖δ_t‖²
                 of_delta = _add_scaled(of_delta, delta, first.unsqueeze(1) * twice)
@@ -304,14 +398,22 @@ def _through_batch_norm(
     twice: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    product: Tensor | None,
+    *,
     with_h: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Cotangents of δ_t, added to what there is, and of h_t from that of ‖Σ_i δ_i h_iᵀ/B‖² + ‖Σ_i δ_i/B‖²."""
     scale = twice / len(h)
-    if weight is None:
+    if weight is None and product is None:
         return _add(of_delta, None if bias is None else bias * scale.expand(len(delta), 1)), None
-    to_delta = h @ weight.t() if bias is None else torch.addmm(bias, h, weight.t())
-    return _add_scaled(of_delta, to_delta, scale), (delta @ weight) * scale if with_h else None
+    if product is not None:
+        to_delta = product if bias is None else product + bias
+        to_h = _mean_product(delta @ delta.t(), h) if with_h else None
+    else:
+        assert weight is not None
+        to_delta = h @ weight.t() if bias is None else torch.addmm(bias, h, weight.t())
+        to_h = delta @ weight if with_h else None
+    return _add_scaled(of_delta, to_delta, scale), None if to_h is None else to_h * scale
 
 
 def _add(total: Tensor | None, more: Tensor | None) -> Tensor | None:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from gradpen import mixing
 from gradpen._graph import check_derivable_twice, walk_graph
-from gradpen.chain_mean import Difference, mean_and_norms
-from gradpen.chain_norms import Measured, NormOf, deltas_of, differentiable_sq_norms, output_with_graph, sq_norms
-from gradpen.cotangents import Constant, Cotangent, OfCrossEntropy, OfScalar, cotangent_of
+from gradpen.chain_mean import Difference, with_known_gradient
+from gradpen.chain_norms import DataLoss, Measured, NormOf, deltas_of, differentiable, output_with_graph, sq_norms
+from gradpen.cotangents import Constant, OfCrossEntropy, OfScalar, cotangent_of
 from gradpen.criteria import Criterion, Scalar
 from gradpen.dense_chain import DenseChain, read_chain
 from gradpen.gradients import random_directions
@@ -29,13 +29,13 @@ class Request(NamedTuple):
 
     Attributes:
         term: which squared norm.
-        parameters: name → parameter, those that count.
+        parameters: name → parameter, those that count; None: all that the chain has.
         key: equal for requests of the same f.
         function: the model's output → f.
     """
 
     term: Term
-    parameters: Mapping[str, nn.Parameter]
+    parameters: Mapping[str, nn.Parameter] | None
     key: Any
     function: Scalar
 
@@ -46,7 +46,7 @@ class Found(NamedTuple):
     Attributes:
         output: of the model.
         sq_norms: one tensor for each request.
-        data_loss: the data loss with its gradient, if that was found on the way.
+        data_loss: the data loss with its gradient, if there is a formula for it.
     """
 
     output: Tensor
@@ -67,7 +67,8 @@ def evaluate(
     requests: Sequence[Request],
     *,
     create_graph: bool,
-    data: tuple[Criterion, Any] | None,
+    data: tuple[Criterion, Any] | None = None,
+    first_order: bool = False,
 ) -> Found | None:
     """All requests, which `have_formulas`; None if f depends on more than the output.
 
@@ -76,59 +77,67 @@ def evaluate(
         chain: its forward pass.
         requests: what is asked for.
         create_graph: keep the squared norms differentiable.
-        data: criterion and target of the data loss, if all requests are of the f_i that it is made of and need no more than
-            first derivatives, so that its gradient comes with theirs.
+        data: criterion and target of the data loss, if that is going to be differentiated too.
+        first_order: all requests are of the f_i that the data loss is made of and need no more than first derivatives, so
+            that its gradient comes with theirs.
 
     Raises:
         RuntimeError: if f_i depends on the output of other samples than i.
     """
-    if data is None:
-        return _by_formulas(model, chain, requests, create_graph)
-    return _with_data_loss(model, chain, requests, *data, create_graph)
+    if data is not None and first_order:
+        return _with_known_gradient(model, chain, requests, *data, create_graph)
+    return _by_formulas(model, chain, requests, create_graph, data)
 
 
-def _by_formulas(model: nn.Module, chain: DenseChain, requests: Sequence[Request], create_graph: bool) -> Found | None:
-    norms = [_norm_of(request, chain) for request in requests]
-    groups = _by_scalar(requests)
-    cotangents: dict[int, Cotangent] = {}  # by the first place of the group
-    for places in groups:
+def _by_formulas(
+    model: nn.Module,
+    chain: DenseChain,
+    requests: Sequence[Request],
+    create_graph: bool,
+    data: tuple[Criterion, Any] | None,
+) -> Found | None:
+    groups = [
+        (places, tuple([_norm_of(requests[place], chain) for place in places])) for places in _by_scalar(requests)
+    ]
+    cotangents: dict[int, OfScalar] = {}  # by the first place of the group
+    for places, norms in groups:
         if _projection(requests[places[0]]) is None:
-            wanted = [norms[place] for place in places]
-            cotangent = _cotangent_of(model, chain.output, requests[places[0]], wanted, create_graph)
+            cotangent = _cotangent_of(model, chain.output, requests[places[0]], norms, create_graph)
             if cotangent is None:
                 return None
             cotangents[places[0]] = cotangent
     measured: list[Measured] = []
-    for places in groups:
-        wanted_norms = tuple([norms[place] for place in places])
+    for places, norms in groups:
         projection = _projection(requests[places[0]])
         if projection is None:
-            measured.append(Measured(cotangents[places[0]], wanted_norms))
+            measured.append(Measured(cotangents[places[0]], norms))
         else:
             directions = [
                 random_directions(chain.output, projection.generator) for _ in range(projection.num_projections)
             ]
-            measured += [Measured(Constant(direction), wanted_norms) for direction in directions]
+            measured += [Measured(Constant(direction), norms) for direction in directions]
+    data_loss = None
     found: Sequence[Sequence[Tensor]]
     if create_graph:
-        output, found = differentiable_sq_norms(chain, measured)
+        wanted = None if data is None else _data_loss(chain.output, cotangents.values(), *data)
+        output, data_loss, found = differentiable(chain, measured, wanted)
     else:
         output = output_with_graph(chain)
         with torch.no_grad():
-            found = [sq_norms(chain, deltas_of(chain, c.value, wanted), wanted) for c, wanted in measured]
+            found = [sq_norms(chain, deltas_of(chain, c.value, norms), norms) for c, norms in measured]
     values: dict[int, Tensor] = {}
     remaining = iter(found)
-    for places in groups:
+    for places, _ in groups:
         projection = _projection(requests[places[0]])
         if projection is None:
             values |= zip(places, next(remaining), strict=True)
         else:
             estimates = [estimate for (estimate,) in islice(remaining, projection.num_projections)]
             values[places[0]] = torch.stack(estimates).mean(0)
-    return Found(output, [values[place] for place in range(len(requests))], None)
+    return Found(output, [values[place] for place in range(len(requests))], data_loss)
 
 
-def _with_data_loss(
+def _with_known_gradient(
     model: nn.Module, chain: DenseChain, requests: Sequence[Request], data: Criterion, target: Any, create_graph: bool
 ) -> Found | None:
     """All requests are of the f_i that the data loss is made of, and need first derivatives only."""
@@ -146,12 +155,25 @@ def _with_data_loss(
     with torch.no_grad():
         deltas = deltas_of(chain, cotangent.value, exact)
         values = iter(sq_norms(chain, deltas, exact))
-        value = data.data_loss(chain.output, target)
-        multiple = data.over_mean(value, cotangent.f.mean(), len(chain.output), target)
-    data_loss, *roots = mean_and_norms(chain, deltas, value, multiple, differences, cotangent.at)
+        data_loss = _data_loss(chain.output, [cotangent], data, target)
+        if data_loss is None:
+            value = data.data_loss(chain.output, target)
+            multiple = data.over_mean(value, cotangent.f.mean(), len(chain.output), target)
+            data_loss = DataLoss(value, cotangent, multiple)
+    output, with_gradient, roots = with_known_gradient(chain, deltas, data_loss, differences)
     squared = iter([root.square().reshape(1) for root in roots])
-    found = [next(values if term is None else squared) for term in terms]
-    return Found(output_with_graph(chain), found, data_loss)
+    return Found(output, [next(values if term is None else squared) for term in terms], with_gradient)
+
+
+def _data_loss(output: Tensor, known: Iterable[OfScalar], criterion: Criterion, target: Any) -> DataLoss | None:
+    """The data loss, if there is a formula for its gradient; from ∂f_i/∂output if that is among the known ones."""
+    function = Scalar(criterion.source, criterion.per_sample, target)
+    if not function.is_cross_entropy_at(output):
+        return None
+    same = (one for one in known if isinstance(one, OfCrossEntropy) and one.is_of(function))
+    cotangent = next(same, None) or OfCrossEntropy(function, output)
+    value, multiple = cotangent.data_loss(criterion.reduction)
+    return DataLoss(value, cotangent, multiple)
 
 
 def chain_of(recording: Recording) -> DenseChain | None:
@@ -194,6 +216,9 @@ def _norm_of(request: Request, chain: DenseChain) -> NormOf:
     if isinstance(request.term, InputTerm):
         nothing = (False,) * len(chain.weights)
         return NormOf("input", nothing, nothing)
+    if request.parameters is None:
+        all_weights = (True,) * len(chain.weights)
+        return NormOf(str(request.term.over), all_weights, tuple([bias is not None for bias in chain.biases]))
     counted = {id(parameter) for parameter in request.parameters.values()}
     weights = tuple([id(weight) in counted for weight in chain.weights])
     return NormOf(str(request.term.over), weights, tuple([id(bias) in counted for bias in chain.biases]))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gradpen._graph import differentiate
+from gradpen._numerics import number_if_at_hand
 from gradpen.criteria import IGNORED, Scalar
 from gradpen.recording import RngState
 
@@ -95,11 +96,25 @@ class OfCrossEntropy:
     @torch.no_grad()
     def __init__(self, function: Scalar, output: Tensor) -> None:
         self._function = function
-        log_softmax, target = torch.log_softmax(output, 1), function.target
-        self.f, total = aten.nll_loss_forward(log_softmax, target, None, _UNREDUCED, IGNORED)
+        self._log_softmax, target = torch.log_softmax(output, 1), function.target
+        self.f, total = aten.nll_loss_forward(self._log_softmax, target, None, _UNREDUCED, IGNORED)
         ones = torch.ones_like(self.f)
-        self._minus_one_hot = aten.nll_loss_backward(ones, log_softmax, target, None, _UNREDUCED, IGNORED, total)
-        self.value = aten._log_softmax_backward_data(self._minus_one_hot, log_softmax, 1, output.dtype)
+        self._minus_one_hot = aten.nll_loss_backward(ones, self._log_softmax, target, None, _UNREDUCED, IGNORED, total)
+        self.value = aten._log_softmax_backward_data(self._minus_one_hot, self._log_softmax, 1, output.dtype)
+
+    @torch.no_grad()
+    def data_loss(self, reduction: str | None) -> tuple[Tensor, float | Tensor]:
+        """What the criterion gives, 0-dim, and the multiple that it is of mean_i f_i."""
+        size = len(self.f)
+        if reduction in (None, "none"):
+            return self.f.mean(), 1.0
+        code = _SUM if reduction == "sum" else _MEAN
+        loss, count = aten.nll_loss_forward(self._log_softmax, self._function.target, None, code, IGNORED)
+        return loss, float(size) if reduction == "sum" else size / number_if_at_hand(count.clamp(min=1))
+
+    def is_of(self, function: Scalar) -> bool:
+        """Whether it is that of this f."""
+        return function.source is self._function.source and function.target is self._function.target
 
     def pull(self, of_value: Tensor) -> Tensor:
         """The cotangent of the output from that of `value`."""
@@ -129,4 +144,4 @@ class Constant:
         return self
 
 
-_UNREDUCED = 0  # torch's number of reduction="none"
+_UNREDUCED, _MEAN, _SUM = 0, 1, 2  # torch's numbers of reduction="none", "mean" and "sum"

@@ -41,12 +41,23 @@ class Criterion:
         weight = self.source.keywords.get("weight") if isinstance(self.source, partial) else None
         return self._is(_WEIGHTED_MEANS) or (weight is not None and self._is(_MEANS_BY_WEIGHT))
 
+    @property
+    def _is_plain_cross_entropy(self) -> bool:
+        """Whether it is F.cross_entropy without weights or smoothing, as torch calls it unless told otherwise."""
+        source = self.source
+        return source is F.cross_entropy or (
+            type(source) is nn.CrossEntropyLoss
+            and (source.weight, source.label_smoothing, source.ignore_index) == (None, 0.0, IGNORED)
+            and source.reduction == self.reduction
+            and not _checks.is_changed(source)
+        )
+
     def over_mean(self, data_loss: Tensor, mean: Tensor, batch_size: int, target: Any) -> float | Tensor:
         """The multiple that ``data_loss`` is of mean_i f_i, a constant to be multiplied by, if `follows_mean`."""
         if self.reduction == "sum":
             return float(batch_size)
         if self.source is F.cross_entropy and isinstance(target, Tensor) and target.dtype == torch.int64:
-            return target.numel() / (target != IGNORED).sum().clamp(min=1)
+            return target.numel() / (target != IGNORED).sum().clamp(min=1).to(data_loss.dtype)
         if self._divides_by_weights:  # all f_i >= 0, so nothing cancels
             ratio = torch.where(mean > 0, data_loss / torch.where(mean > 0, mean, 1.0), 1.0).detach()
             without_weights = (ratio - 1).abs() <= 8 * torch.finfo(ratio.dtype).eps
@@ -138,19 +149,15 @@ class Scalar:
 
     def is_cross_entropy_at(self, output: Tensor) -> bool:
         """Whether f_i is F.cross_entropy of one class a sample, without weights or smoothing."""
-        known = self.source is F.cross_entropy or (
-            type(self.source) is nn.CrossEntropyLoss
-            and (self.source.weight, self.source.label_smoothing, self.source.ignore_index) == (None, 0.0, IGNORED)
-            and not (self.source._forward_hooks or self.source._forward_pre_hooks)
-        )
+        criterion, target = getattr(self.function, "__self__", None), self.target
         return (
-            known
-            and isinstance(getattr(self.function, "__self__", None), Criterion)
-            and isinstance(self.target, Tensor)
-            and self.target.dtype == torch.int64
+            isinstance(criterion, Criterion)
+            and criterion._is_plain_cross_entropy
+            and isinstance(target, Tensor)
+            and target.dtype == torch.int64
+            and target.dim() == 1
             and output.dim() == 2
-            and 0 < len(output) == self.target.numel()
-            and self.target.dim() == 1
+            and 0 < len(output) == len(target)
         )
 
     def __call__(self, output: Any) -> Tensor:

@@ -31,6 +31,7 @@ class Kind:
         value: (z, *options) → g(z).
         backward: (cotangent, saved tensor, *options) → cotangent ⊙ g'(z), which autograd can differentiate.
         backward_into: the same, written over the cotangent.
+        value_into: the value, written over z, if it is the result that is saved.
         piecewise_linear: g'' = 0 wherever it exists.
     """
 
@@ -39,6 +40,7 @@ class Kind:
     value: Callable[..., Tensor]
     backward: Callable[..., Tensor]
     backward_into: Callable[..., Tensor] | None = None
+    value_into: Callable[..., Tensor] | None = None
     piecewise_linear: bool = False
 
 
@@ -78,12 +80,14 @@ def _elu_backward(cotangent: Tensor, z: Tensor, alpha: float, scale: float, inpu
 
 
 KINDS: dict[str, Kind] = {  # by the name of the node
-    "ReluBackward0": Kind("_saved_result", (), F.relu, _relu_backward, _relu_backward_into, piecewise_linear=True),
+    "ReluBackward0": Kind(
+        "_saved_result", (), F.relu, _relu_backward, _relu_backward_into, torch.relu_, piecewise_linear=True
+    ),
     "LeakyReluBackward0": Kind(
         "_saved_self", ("_saved_negative_slope",), F.leaky_relu, _leaky_relu_backward, piecewise_linear=True
     ),
-    "TanhBackward0": Kind("_saved_result", (), torch.tanh, aten.tanh_backward),
-    "SigmoidBackward0": Kind("_saved_result", (), torch.sigmoid, aten.sigmoid_backward),
+    "TanhBackward0": Kind("_saved_result", (), torch.tanh, aten.tanh_backward, value_into=torch.tanh_),
+    "SigmoidBackward0": Kind("_saved_result", (), torch.sigmoid, aten.sigmoid_backward, value_into=torch.sigmoid_),
     "GeluBackward0": Kind("_saved_self", ("_saved_approximate",), _gelu, _gelu_backward),
     "SiluBackward0": Kind("_saved_self", (), F.silu, _silu_backward),
     "SoftplusBackward0": Kind("_saved_self", ("_saved_beta", "_saved_threshold"), F.softplus, aten.softplus_backward),
@@ -112,10 +116,18 @@ class Elementwise(NamedTuple):
     def at(self, z: Tensor) -> tuple[Tensor, Elementwise]:
         """h at another z, and the same function there."""
         if self.kind is None:
-            result, there = z, self
-        else:
-            result = self.kind.value(z, *self.options)
-            there = self._replace(saved=result if self._saves_result else z)
+            return z if self.factor is None else z * self.factor, self
+        return self._with(self.kind.value(z, *self.options), z)
+
+    def at_own(self, z: Tensor) -> tuple[Tensor, Elementwise]:
+        """`at` a z that nobody else has or wants: its memory is used again where that can be."""
+        if self.kind is None or self.kind.value_into is None or not may_overwrite():
+            return self.at(z)
+        return self._with(self.kind.value_into(z, *self.options), z)
+
+    def _with(self, result: Tensor, z: Tensor) -> tuple[Tensor, Elementwise]:
+        """h and the same function where g(z) is `result`."""
+        there = Elementwise(self.kind, self.options, result if self._saves_result else z, self.factor)
         return result if self.factor is None else result * self.factor, there
 
     def pull(self, cotangent: Tensor, of_saved: Tensor | None = None) -> Tensor:
@@ -174,6 +186,10 @@ class DenseChain(NamedTuple):
         """All weights and then all biases."""
         return [leaf for leaf in (*self.weights, *self.biases) if leaf is not None]
 
+    def without_output(self) -> DenseChain:
+        """The same where the output is not needed: others may change it."""
+        return self._replace(output=self.output.new_empty(0))
+
     def with_parameters(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> DenseChain:
         """The same layers on the same input with other weights and biases; factors stay as they are."""
         hidden, between, h = [], [], self.hidden[0]
@@ -181,7 +197,7 @@ class DenseChain(NamedTuple):
             hidden.append(h)
             h = F.linear(h, weight, bias)
             if elementwise is not None:
-                h, there = elementwise.at(h)
+                h, there = elementwise.at_own(h)
                 between.append(there)
         return DenseChain(tuple(weights), tuple(biases), tuple(hidden), tuple(between), h)
 
@@ -242,21 +258,26 @@ def is_ordinary_call(device: torch.device) -> bool:
 
 def are_layers(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> bool:
     """Trainable leaves of one type, float32 or float64, none of them twice, each in the shape of a dense layer's."""
-    leaves = [leaf for leaf in (*weights, *biases) if leaf is not None]
-    dtype = leaves[0].dtype
-    return (
-        dtype in (torch.float32, torch.float64)
-        and len(set(map(id, leaves))) == len(leaves)
-        and all(_is_of_torch(leaf) and leaf.is_leaf and leaf.requires_grad and leaf.dtype == dtype for leaf in leaves)
-        and all(
-            weight.dim() == 2 and (bias is None or bias.shape == weight.shape[:1])
-            for weight, bias in zip(weights, biases, strict=True)
-        )
-    )
+    dtype = weights[0].dtype
+    if dtype not in (torch.float32, torch.float64):
+        return False
+    seen = set()
+    for weight, bias in zip(weights, biases, strict=True):
+        if weight.dim() != 2 or not (bias is None or (bias.dim() == 1 and len(bias) == len(weight))):
+            return False
+        for leaf in (weight,) if bias is None else (weight, bias):
+            if not (_is_of_torch(leaf) and leaf.is_leaf and leaf.requires_grad and leaf.dtype == dtype):
+                return False
+            if id(leaf) in seen:
+                return False
+            seen.add(id(leaf))
+    return True
 
 
 def _is_of_torch(tensor: Tensor) -> bool:
     """Not of a subclass with a mind of its own, such as the pieces of a tensor that other processes hold, too."""
+    if type(tensor) in (Tensor, torch.nn.Parameter):
+        return True
     module = type(tensor).__module__
     return module == "torch" or (module.startswith("torch.") and not module.startswith("torch.distributed"))
 

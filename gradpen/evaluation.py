@@ -24,6 +24,7 @@ from gradpen.module_chain import run_chain
 from gradpen.recording import (
     Recording,
     RngState,
+    call_model,
     call_with,
     copied_buffers,
     float_tensors,
@@ -165,43 +166,41 @@ def evaluate_terms(
     Raises:
         TypeError, ValueError, RuntimeError: as `gradpen.functional` says.
     """
-    kinds = [term for term, _ in terms]
-    parameters = check_call(model, kinds)
-    input_grad = any(isinstance(term, InputTerm) for term in kinds)
+    _checks.check_model(model)
+    _checks.check_grad_enabled()
+    if not terms:
+        return Evaluation(call_model(model, x), [])
     first_order = data is not None and _one_backward_pass_does(terms, data, create_graph)
-    requests = [
-        chain_terms.Request(term, chosen, scalar_key(term, criterion), term.scalar(criterion, y))
-        for (term, criterion), chosen in zip(terms, parameters, strict=True)
-    ]
-    is_constant = not any(tensor.requires_grad for tensor in tensors_of(x))  # nobody wants derivatives in x
-    codes = {mixing.code_of(request.function) for request in requests}
-    perhaps_chain = (
-        is_constant
-        and chain_terms.have_formulas(requests, first_order=first_order)
-        and codes.isdisjoint(_foreign.get(model, ()))
-    )
+    requests = [_request(model, term, criterion, y) for term, criterion in terms]
 
-    def by_formulas(chain: DenseChain | None) -> Evaluation | None:
-        if chain is None:
-            return None
-        rng = RngState.capture(torch_alone=True)
-        wanted_data = (data, y) if data is not None and first_order else None
-        found = chain_terms.evaluate(model, chain, requests, create_graph=create_graph, data=wanted_data)
-        if found is None:
-            rng.restore()
-            return None
-        return Evaluation(found.output, [GroupNorms(sq_norms) for sq_norms in found.sq_norms], found.data_loss)
+    def by_formulas(chain: DenseChain) -> Evaluation | None:
+        found = chain_terms.evaluate(
+            model,
+            chain,
+            requests,
+            create_graph=create_graph,
+            data=None if data is None else (data, y),
+            first_order=first_order,
+        )
+        return (
+            None if found is None else Evaluation(found.output, list(map(GroupNorms, found.sq_norms)), found.data_loss)
+        )
 
+    perhaps_chain = chain_terms.have_formulas(requests, first_order=first_order) and not _is_foreign(model, requests)
     if perhaps_chain:
         rng = RngState.capture(torch_alone=True)
         chain = run_chain(model, x)
-        evaluation = by_formulas(chain)
-        if evaluation is not None:
-            return evaluation
-        if chain is not None:  # the criterion depends on more than the output
-            _foreign.setdefault(model, set()).update(codes)
+        if chain is not None:
+            evaluation = by_formulas(chain)
+            if evaluation is not None:
+                return evaluation
+            _foreign.setdefault(model, set()).update(_codes(requests))
             perhaps_chain = False
             rng.restore()
+    kinds = [term for term, _ in terms]
+    parameters = check_call(model, kinds)
+    requests = [request._replace(parameters=chosen) for request, chosen in zip(requests, parameters, strict=True)]
+    input_grad = any(isinstance(term, InputTerm) for term in kinds)
     displaced = any(term.method == "finite_difference" for term in kinds)
     repeated = displaced or any(needs_deltas(term) for term in kinds)  # perhaps, for parameters without closed form
     others = _OtherStreams.of(model) if repeated else None
@@ -209,13 +208,17 @@ def evaluate_terms(
     buffers = copied_buffers(model) if displaced else None
     versions = _versions(x)
     calls = perhaps_chain or any(needs_deltas(term) for term in kinds)
+    wants_input = any(tensor.requires_grad for tensor in tensors_of(x))  # somebody wants derivatives in x
     recording = record_forward(model, x, input_grad=input_grad, calls=calls)
     if others is not None:
         others.moved = others.moved or rng.others_moved()
-    chain = chain_terms.chain_of(recording) if perhaps_chain and not recording.is_hooked else None
-    evaluation = by_formulas(chain)
-    if evaluation is not None:
-        return evaluation
+    chain = chain_terms.chain_of(recording) if perhaps_chain and not (wants_input or recording.is_hooked) else None
+    if chain is not None:
+        after = RngState.capture(torch_alone=True)
+        evaluation = by_formulas(chain)
+        if evaluation is not None:
+            return evaluation
+        after.restore()
     forward = _Pass(model, x, recording, rng, buffers, versions)
     if displaced:
         forward.check_repeatable()
@@ -245,8 +248,25 @@ def evaluate_terms(
     return Evaluation(recording.output, norms, data_loss)
 
 
+def _request(model: nn.Module, term: Term, criterion: Criterion, target: Any) -> chain_terms.Request:
+    """All parameters of a chain count unless there is a filter; for another model `check_call` finds out which do."""
+    chosen = None
+    if isinstance(term, ParamTerm) and term.parameters is not None:
+        chosen = select_parameters(model, term.parameters)
+    return chain_terms.Request(term, chosen, scalar_key(term, criterion), term.scalar(criterion, target))
+
+
 # model → code of the criteria that depend on more than its output: it is not run in vain for these again
 _foreign: weakref.WeakKeyDictionary[nn.Module, set[Any]] = weakref.WeakKeyDictionary()
+
+
+def _is_foreign(model: nn.Module, requests: Sequence[chain_terms.Request]) -> bool:
+    known = _foreign.get(model)
+    return known is not None and not known.isdisjoint(_codes(requests))
+
+
+def _codes(requests: Sequence[chain_terms.Request]) -> set[Any]:
+    return {mixing.code_of(request.function) for request in requests}
 
 
 def _one_backward_pass_does(terms: Sequence[tuple[Term, Criterion]], data: Criterion, create_graph: bool) -> bool:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from gradpen._checks import is_changed
 from gradpen.dense_chain import KINDS, DenseChain, Elementwise, are_layers, is_ordinary_call
 
 # how a module's function is called in the graph, and its other arguments
@@ -36,8 +37,12 @@ _FORWARDS: dict[Any, Any] = {  # as torch wrote them, whoever may have changed t
 class _Between(NamedTuple):
     """What lies between two dense layers."""
 
-    activation: nn.Module | None = None
-    dropout: nn.Dropout | None = None
+    function: Elementwise = Elementwise()
+    dropout: float = 0.0  # the probability of 0
+
+    @property
+    def is_nothing(self) -> bool:
+        return self.function.kind is None and self.dropout == 0
 
 
 def run_chain(model: nn.Module, x: Any) -> DenseChain | None:
@@ -51,12 +56,10 @@ def run_chain(model: nn.Module, x: Any) -> DenseChain | None:
         return None
     if not is_ordinary_call(x.device) or any(_GLOBAL_HOOKS):
         return None
-    modules = _plain_modules(model)
-    plan = None if modules is None else _plan(modules, x)
+    plan = _plan(model, is_flat=x.dim() == 2)
     if plan is None:
         return None
-    layers, between = plan
-    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+    weights, biases, between = plan
     if not are_layers(weights, biases) or weights[0].dtype != x.dtype:
         return None
     with torch.no_grad():
@@ -71,73 +74,52 @@ _GLOBAL_HOOKS = (
 )
 
 
-def _plain_modules(model: nn.Module) -> list[Any] | None:
-    """The modules that compute something, in their order, if all of them do what torch wrote and nothing else."""
+def _plan(model: nn.Module, *, is_flat: bool) -> tuple[list[Tensor], list[Tensor | None], list[_Between]] | None:
+    """Weights, biases, and what follows each layer but the last; None unless all modules do what torch wrote, no more."""
+    weights: list[Tensor] = []
+    biases: list[Tensor | None] = []
+    between: list[_Between] = []
+    behind = _NOTHING  # the last dense layer so far
     pending: list[Any] = [model]
-    found: list[Any] = []
     while pending:
         module = pending.pop()
         kind = type(module)
-        if kind.forward is not _FORWARDS.get(kind) or _is_changed(module):
+        if kind.forward is not _FORWARDS.get(kind) or is_changed(module):
             return None
         if kind is nn.Sequential:
-            pending += reversed(list(module._modules.values()))
-        else:
-            found.append(module)
-    return found
-
-
-def _is_changed(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in vars(module)
-        or module._compiled_call_impl is not None
-    )
-
-
-def _plan(modules: Sequence[Any], x: Tensor) -> tuple[list[nn.Linear], list[_Between]] | None:
-    """The dense layers, and what follows each of them but the last; None if that is anything else."""
-    layers: list[nn.Linear] = []
-    between: list[_Between] = []
-    behind = _Between()  # the last dense layer so far
-    flat = x.dim() == 2
-    for module in modules:
-        kind = type(module)
-        if kind is nn.Linear:
-            if layers:
+            pending += reversed(module._modules.values())
+        elif kind is nn.Linear:
+            if weights:
                 between.append(behind)
-            layers.append(module)
-            behind = _Between()
-        elif kind is nn.Flatten and not layers and (module.start_dim, module.end_dim) == (1, -1):
-            flat = True
-        elif kind is nn.Dropout and layers and behind.dropout is None:
-            behind = behind._replace(dropout=module)
-        elif kind in ACTIVATIONS and layers and behind == _Between():
-            behind = _Between(activation=module)
+            weights.append(module.weight)
+            biases.append(module.bias)
+            behind = _NOTHING
+        elif kind is nn.Flatten and not weights and (module.start_dim, module.end_dim) == (1, -1):
+            is_flat = True
+        elif kind is nn.Dropout and weights and behind.dropout == 0:
+            behind = behind._replace(dropout=module.p if module.training else 0.0)
+        elif kind in ACTIVATIONS and weights and behind.is_nothing:
+            name, options = ACTIVATIONS[kind]
+            behind = _Between(Elementwise(KINDS[name], options(module)))
         elif kind is not nn.Identity:
             return None
-    return (layers, between) if layers and flat and behind == _Between() else None
+    return (weights, biases, between) if weights and is_flat and behind.is_nothing else None
+
+
+_NOTHING = _Between()
 
 
 def _run(
     h: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], between: Sequence[_Between]
 ) -> DenseChain:
-    hidden: list[Tensor] = []
+    hidden: list[Tensor] = [h]
     done: list[Elementwise] = []
-    for weight, bias, (activation, dropout) in zip(weights, biases, (*between, _Between()), strict=True):
+    z = F.linear(h, weights[0], biases[0])
+    for weight, bias, (elementwise, dropout) in zip(weights[1:], biases[1:], between, strict=True):
+        if dropout > 0:
+            elementwise = elementwise._replace(factor=F.dropout(torch.ones_like(z), dropout))  # the model's own mask
+        h, elementwise = elementwise.at_own(z)
+        done.append(elementwise)
         hidden.append(h)
         z = F.linear(h, weight, bias)
-        if len(hidden) == len(weights):
-            break
-        elementwise = Elementwise()
-        if activation is not None:
-            name, options = ACTIVATIONS[type(activation)]
-            elementwise = Elementwise(KINDS[name], options(activation))
-        if dropout is not None and dropout.training and dropout.p > 0:
-            elementwise = elementwise._replace(factor=F.dropout(torch.ones_like(z), dropout.p))  # the model's own mask
-        h, elementwise = elementwise.at(z)
-        done.append(elementwise)
     return DenseChain(tuple(weights), tuple(biases), tuple(hidden), tuple(done), z)
