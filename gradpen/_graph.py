@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, KeysView, Mapping, Sequence
 from dataclasses import dataclass
@@ -108,44 +109,22 @@ def differentiate(
             tensor._backward_hooks = hooks
 
 
-def save_tree(ctx: Any, tree: Any) -> None:
-    """`ctx.save_for_backward` for the tensors in nested tuples and lists, of which the rest is kept as it is.
+Row = Sequence[Any]  # of tensors, or None: something for every layer, say
 
-    Autograd lets go of them after the backward pass, and sees if they were changed before it. (`torch.utils._pytree` takes
-    the trees of a step apart as well, in several times the microseconds.)
+
+def save_rows(ctx: Any, rows: Sequence[Row]) -> None:
+    """`ctx.save_for_backward` for rows of tensors.
+
+    Autograd lets go of them after the backward pass, and sees if they were changed before it.
     """
-    tensors: list[Tensor] = []
-    ctx.tree = _take_tensors(tree, tensors)
-    ctx.save_for_backward(*tensors)
+    ctx.lengths = list(map(len, rows))
+    ctx.save_for_backward(*itertools.chain.from_iterable(rows))
 
 
-def saved_tree(ctx: Any) -> Any:
-    """What `save_tree` was given."""
-    return _put_tensors(ctx.tree, iter(ctx.saved_tensors))
-
-
-_TAKEN = object()
-
-
-def _take_tensors(tree: Any, tensors: list[Tensor]) -> Any:
-    if tree is None:
-        return None
-    if isinstance(tree, tuple):  # named or not
-        return tuple.__new__(type(tree), [_take_tensors(branch, tensors) for branch in tree])
-    if isinstance(tree, Tensor):
-        tensors.append(tree)
-        return _TAKEN
-    return [_take_tensors(branch, tensors) for branch in tree] if isinstance(tree, list) else tree
-
-
-def _put_tensors(tree: Any, tensors: Iterator[Tensor]) -> Any:
-    if tree is _TAKEN:
-        return next(tensors)
-    if tree is None:
-        return None
-    if isinstance(tree, tuple):
-        return tuple.__new__(type(tree), [_put_tensors(branch, tensors) for branch in tree])
-    return [_put_tensors(branch, tensors) for branch in tree] if isinstance(tree, list) else tree
+def saved_rows(ctx: Any) -> Iterator[tuple[Any, ...]]:
+    """What `save_rows` was given, row by row."""
+    tensors = iter(ctx.saved_tensors)
+    return (tuple(itertools.islice(tensors, length)) for length in ctx.lengths)
 
 
 def check_derivable_twice(walk: GraphWalk, places: Iterable[Tensor]) -> None:

@@ -7,12 +7,13 @@ move of the parameters: the gradient at θ is added to that at θ + r u within t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gradpen._graph import save_tree, saved_tree
+from gradpen._graph import save_rows, saved_rows
 from gradpen._numerics import divide_or_zero, full_precision, number_if_at_hand, sum_tensors
 from gradpen.chain_norms import (
     DataLoss,
@@ -100,7 +101,7 @@ class _Displaced(NamedTuple):
     cotangent: Tensor
 
 
-Gradients = tuple[list[Tensor], list[Tensor | None]]  # of weights and biases
+Gradients = tuple[Sequence[Tensor], Sequence[Tensor | None]]  # of weights and biases
 
 
 def _counted(gradients: Gradients, norm_of: NormOf) -> list[Tensor]:
@@ -138,25 +139,37 @@ class _WithKnownGradient(torch.autograd.Function):
         *leaves: Tensor,
     ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
-        ctx.leaves = leaves
+        ctx.leaves, ctx.multiple, ctx.here = leaves, multiple, here
+        ctx.between = [between.without_tensors() for between in chain.between]  # the same wherever the parameters are
+        ctx.displaced = [(place, weight) for place, weight, _, _ in displaced]
         output = None if chain.output.requires_grad else chain.output.detach()
-        kept = None if output is None else chain.without_output()
-        save_tree(ctx, (kept, multiple, gradients, norms, here, displaced))
+        rows = [*gradients, norms, [cotangent for *_, cotangent in displaced]]
+        for moved in [moved for _, _, moved, _ in displaced]:
+            rows += moved.rows
+        if output is not None:
+            rows += chain.rows
+        save_rows(ctx, rows)
         return output, value, *[norm.clone() for norm in norms]
 
     @staticmethod
     def backward(
         ctx: Any, of_output: Tensor | None, of_value: Tensor | None, *of_norms: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        chain, multiple, gradients, norms, here, displaced = saved_tree(ctx)
+        rows = saved_rows(ctx)
+        weights, biases, norms, cotangents = islice(rows, 4)
+        displaced = [
+            _Displaced(place, weight, DenseChain.of_rows(rows, ctx.between), cotangent)
+            for (place, weight), cotangent in zip(ctx.displaced, cotangents, strict=True)
+        ]
         found = None
-        with full_precision(gradients[0][0].device):
+        with full_precision(weights[0].device):
             if of_value is not None or any(of_norm is not None for of_norm in of_norms):
                 with torch.no_grad():
-                    found = _combined(gradients, norms, here, displaced, multiple, of_value, of_norms)
+                    found = _combined((weights, biases), norms, ctx.here, displaced, ctx.multiple, of_value, of_norms)
                 if torch.is_grad_enabled():
                     found = derived_once(found, ctx.leaves)
             if of_output is not None:
+                chain = DenseChain.of_rows(rows, ctx.between)
                 through_output = pulled_to_parameters(chain, of_output)
                 found = through_output if found is None else [a + b for a, b in zip(found, through_output, strict=True)]
         return (None,) * 7 + tuple(found or [None] * len(ctx.leaves))
@@ -211,4 +224,4 @@ def _plus_mean_gradients(total: Sequence[Tensor], factor: float, chain: DenseCha
         for gradient, delta, h in zip(total[:n], deltas, chain.hidden, strict=True)
     ]
     with_bias = [delta for delta, bias in zip(deltas, chain.biases, strict=True) if bias is not None]
-    return weights + [g * factor + delta.mean(0) for g, delta in zip(total[n:], with_bias, strict=True)]
+    return weights + [g * factor + delta.sum(0) * scale for g, delta in zip(total[n:], with_bias, strict=True)]

@@ -11,6 +11,7 @@ so that every gradient of a weight is one tensor from the beginning, to which th
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
@@ -18,8 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradpen._graph import save_tree, saved_tree
-from gradpen._numerics import full_precision, row_sq_norm, sum_tensors, total_sq_norm
+from gradpen._graph import save_rows, saved_rows
+from gradpen._numerics import full_precision, row_sq_norm, total_sq_norm
 from gradpen.cotangents import Cotangent, OfScalar
 from gradpen.dense_chain import DenseChain, may_overwrite
 
@@ -77,28 +78,30 @@ def sq_norms(chain: DenseChain, deltas: Deltas, norms: Sequence[NormOf]) -> list
 def mean_gradients(chain: DenseChain, deltas: Deltas) -> tuple[list[Tensor], list[Tensor | None]]:
     """∇ mean_i f_i of every weight, and of every bias that there is."""
     weights = [_mean_product(delta, h) for delta, h in zip(deltas.at, chain.hidden, strict=True)]
-    biases = [None if bias is None else delta.mean(0) for delta, bias in zip(deltas.at, chain.biases, strict=True)]
+    biases = [None if bias is None else _mean_row(delta) for delta, bias in zip(deltas.at, chain.biases, strict=True)]
     return weights, biases
+
+
+def _mean_row(delta: Tensor) -> Tensor:
+    return delta.sum(0) * (1 / len(delta))
 
 
 def _mean_product(delta: Tensor, h: Tensor) -> Tensor:
     """mean_i δ_i h_iᵀ, divided within the product."""
-    return torch.addmm(delta.new_zeros(1), delta.t(), h, beta=0, alpha=1 / len(h))
+    return torch.addmm(delta[:1, :1], delta.t(), h, beta=0, alpha=1 / len(h))  # nothing is read of the first
 
 
 def _factors(chain: DenseChain, deltas: Deltas, norm: NormOf) -> tuple[Row, ...]:
-    """What the squared norm is made of, by layer: no rows, two, or three. None where nothing counts.
+    """What the squared norm is made of: no rows of tensors, two, or three. None or 0 where nothing counts.
 
-    For single samples 1 + ‖h_t‖² and ‖δ_t‖², (B,). For the batch the gradients G_t of W_t and g_t of b_t, and where that is
-    cheaper h_t G_tᵀ, (B, n_t), instead of G_t.
+    For single samples 1 + ‖h_t‖² of all layers, and ‖δ_t‖², each (n, B). For the batch the gradients G_t of W_t and g_t of
+    b_t, and where that is cheaper h_t G_tᵀ, (B, n_t), instead of G_t.
     """
-    which = list(zip(norm.weights, norm.biases, strict=True))
     if norm.what == "sample":
-        sizes = tuple([_size(h, *counted) for h, counted in zip(chain.hidden, which, strict=True)])
-        return sizes, tuple(
-            [_row_sq_norm(d) if any(counted) else None for d, counted in zip(deltas.at, which, strict=True)]
-        )
+        sizes, squares = _sizes_and_squares(chain, deltas, norm)
+        return (sizes,), (squares,)
     if norm.what == "batch":
+        which = zip(norm.weights, norm.biases, strict=True)
         each = list(zip(deltas.at, chain.hidden, which, strict=True))
         by_products = [counts and _by_products(delta, h, t) for t, (delta, h, (counts, _)) in enumerate(each)]
         return (
@@ -108,7 +111,7 @@ def _factors(chain: DenseChain, deltas: Deltas, norm: NormOf) -> tuple[Row, ...]
                     for (delta, h, (counts, _)), without in zip(each, by_products, strict=True)
                 ]
             ),
-            tuple([delta.mean(0) if counts else None for delta, _, (_, counts) in each]),
+            tuple([_mean_row(delta) if counts else None for delta, _, (_, counts) in each]),
             tuple(
                 [
                     _mean_product(h @ h.t(), delta) if without else None
@@ -119,8 +122,11 @@ def _factors(chain: DenseChain, deltas: Deltas, norm: NormOf) -> tuple[Row, ...]
     return ()
 
 
+_NUMBER_OF_FACTORS = {"input": 0, "sample": 2, "batch": 3}
+
+
 def _by_products(delta: Tensor, h: Tensor, t: int) -> bool:
-    """Whether products between samples, h_i · h_j and δ_i · δ_j, cost less than those of a weight's size, with G_t among them.
+    """Whether products between samples, h_i · h_j and δ_i · δ_j, cost less than those with G_t and G_t itself.
 
     Values may cancel in them, of which the host has to be told (`_batch_sq_norm`), so it must not wait for a device.
     """
@@ -131,11 +137,25 @@ def _by_products(delta: Tensor, h: Tensor, t: int) -> bool:
     return between_samples * size * (rows + columns) < with_weight * rows * columns
 
 
-def _size(h: Tensor, weight: bool, bias: bool) -> Tensor | None:
-    """1 + ‖h‖², (B,), or what of it belongs to the weight or to the bias."""
-    if not weight:
-        return h.new_ones(len(h)) if bias else None
-    return _row_sq_norm(h) + 1 if bias else _row_sq_norm(h)
+def _sizes_and_squares(chain: DenseChain, deltas: Deltas, norm: NormOf) -> tuple[Tensor, Tensor]:
+    """1 + ‖h_t‖², or what of it belongs to a weight or a bias that counts, and ‖δ_t‖²: (n, B)."""
+    if torch.is_grad_enabled():
+        sizes = torch.stack([row_sq_norm(h) * counts for h, counts in zip(chain.hidden, norm.weights, strict=True)])
+        squares = torch.stack([row_sq_norm(delta) for delta in deltas.at])
+        return sizes + torch.tensor(norm.biases, device=sizes.device).unsqueeze(1), squares
+    sizes, squares = deltas.at[0].new_zeros(2, len(deltas.at), len(deltas.at[0]))
+    for t, (delta, h, weight, bias) in enumerate(zip(deltas.at, chain.hidden, norm.weights, norm.biases, strict=True)):
+        if weight:
+            torch.linalg.vector_norm(h, dim=1, out=sizes[t])
+        if weight or bias:
+            torch.linalg.vector_norm(delta, dim=1, out=squares[t])
+    sizes.square_()
+    if all(norm.biases):
+        sizes.add_(1)
+    else:
+        for size, counts in zip(sizes, norm.biases, strict=True):
+            size.add_(float(counts))
+    return sizes, squares.square_()
 
 
 def _row_sq_norm(tensor: Tensor) -> Tensor:
@@ -147,16 +167,15 @@ def _only(row: Sequence[Tensor | None], wanted: Sequence[bool]) -> Row:
     return tuple([tensor if is_wanted else None for tensor, is_wanted in zip(row, wanted, strict=True)])
 
 
-def _sq_norm(chain: DenseChain, deltas: Deltas, norm: NormOf, factors: Sequence[Row]) -> Tensor:
+def _sq_norm(chain: DenseChain, deltas: Deltas, norm: NormOf, factors: Sequence[Any]) -> Tensor:
     if norm.what == "input":
         assert deltas.entry is not None
         return _row_sq_norm(deltas.entry)
     if norm.what == "batch":
         return _batch_sq_norm(chain, deltas, norm, factors).reshape(1)
-    pairs = [(size, square) for size, square in zip(*factors, strict=True) if size is not None and square is not None]
-    if not pairs:  # none of the parameters is in the chain
-        return deltas.at[0].new_zeros(len(deltas.at[0]))
-    return sum_tensors([size * square for size, square in pairs])
+    sizes, squares = (factor for (factor,) in factors)
+    total: Tensor = (sizes * squares).sum(0)
+    return total
 
 
 def _batch_sq_norm(chain: DenseChain, deltas: Deltas, norm: NormOf, factors: Sequence[Row]) -> Tensor:
@@ -252,22 +271,26 @@ class _Chain(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.measured = measured
         ctx.data_loss = None if data_loss is None else data_loss[1:]  # its value will refer to this node
-        kept, found = [], []
+        ctx.between = [between.without_tensors() for between in chain.between]
+        rows: list[Sequence[Any]] = chain.rows
+        found = []
         for cotangent, norms in measured:
             deltas = deltas_of(chain, cotangent.value, norms)
             factors = [_factors(chain, deltas, norm) for norm in norms]
-            kept.append((deltas, factors))
+            rows += [deltas.at, deltas.before, (deltas.entry,), *itertools.chain.from_iterable(factors)]
             found += [
                 _sq_norm(chain, deltas, norm, its_factors) for norm, its_factors in zip(norms, factors, strict=True)
             ]
-        save_tree(ctx, (chain.without_output(), kept))
+        save_rows(ctx, rows)
         return chain.output.detach(), None if data_loss is None else data_loss.value, *found
 
     @staticmethod
     def backward(
         ctx: Any, of_output: Tensor | None, of_data_loss: Tensor | None, *of_norms: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        chain, kept = saved_tree(ctx)
+        rows = saved_rows(ctx)
+        chain = DenseChain.of_rows(rows, ctx.between)
+        kept = [(_deltas_of_rows(rows), [_factors_of_rows(rows, norm) for norm in norms]) for _, norms in ctx.measured]
         with full_precision(chain.hidden[0].device):
             if torch.is_grad_enabled():  # create_graph=True: what was saved must not pass for constants
                 chain = chain.with_parameters(chain.weights, chain.biases)
@@ -277,6 +300,15 @@ class _Chain(torch.autograd.Function):
             weights, biases = _backward(chain, zip(ctx.measured, kept, strict=True), delta, iter(of_norms))
         there = [grad for grad, bias in zip(biases, chain.biases, strict=True) if bias is not None]
         return None, None, None, *weights, *there
+
+
+def _deltas_of_rows(rows: Iterator[Any]) -> Deltas:
+    at, before, (entry,) = islice(rows, 3)
+    return Deltas(at, before, entry)
+
+
+def _factors_of_rows(rows: Iterator[Any], norm: NormOf) -> tuple[Row, ...]:
+    return tuple(islice(rows, _NUMBER_OF_FACTORS[norm.what]))
 
 
 def _of_output(chain: DenseChain, of_data_loss: Tensor, cotangent: OfScalar, multiple: float | Tensor) -> Tensor:
@@ -312,12 +344,7 @@ class _Wanted(NamedTuple):
 
     norm: NormOf
     of_norm: Tensor  # its cotangent: (B,) or (1,)
-    factors: Sequence[Row]
-
-    @property
-    def twice(self) -> Tensor:
-        """The factor of every square's derivative: (B, 1) or (1, 1)."""
-        return 2 * self.of_norm.unsqueeze(1)
+    factors: Sequence[Any]
 
 
 class _Gathered(NamedTuple):
@@ -336,27 +363,30 @@ class _Gathered(NamedTuple):
 def _sweep_forward(chain: DenseChain, deltas: Deltas, wanted: Sequence[_Wanted], gathered: _Gathered) -> Tensor | None:
     """From the cotangents of squared norms to that of ∂f_i/∂output; adds to `gathered` what it meets on the way."""
     of_delta = None
-    by_layer = []
-    for each in wanted:
-        twice = each.twice
-        if each.norm.what == "input":
+    over_batch, over_samples = [], []
+    for norm, of_norm, factors in wanted:
+        twice = 2 * of_norm.unsqueeze(1)  # the factor of every square's derivative
+        if norm.what == "input":
             assert deltas.entry is not None
-            of_entry = deltas.entry * twice
-            gathered.weights[0] = _add_product(gathered.weights[0], deltas.at[0], of_entry)
-            of_delta = _push(of_delta, of_entry, chain.weights[0].t())
+            scaled = deltas.at[0] * twice
+            gathered.weights[0] = _add_product(gathered.weights[0], scaled, deltas.entry)
+            of_delta = _add_scaled(of_delta, deltas.entry @ chain.weights[0].t(), twice)
+        elif norm.what == "batch":
+            over_batch.append((norm, twice / len(chain.hidden[0]), factors))
         else:
-            by_layer.append((each, twice))
+            scaled_factors = [(factor.t() * twice).split(1, dim=1) for (factor,) in factors]
+            over_samples.append((norm, *scaled_factors))
     last = len(chain.weights) - 1
     for t, (delta, h) in enumerate(zip(deltas.at, chain.hidden, strict=True)):
-        for each, twice in by_layer:
-            first, second, *others = [row[t] for row in each.factors]
-            with_h = t > 0 and each.norm.weights[t]
-            if each.norm.what == "batch":
-                of_delta, of_h = _through_batch_norm(of_delta, delta, h, twice, first, second, *others, with_h=with_h)
-                gathered.hidden[t] = _add(gathered.hidden[t], of_h)
-            elif first is not None and second is not None:  # (1 + ‖h_t‖²) ‖δ_t‖²
-                of_delta = _add_scaled(of_delta, delta, first.unsqueeze(1) * twice)
-                gathered.scales[t] = _add(gathered.scales[t], second.unsqueeze(1) * twice if with_h else None)
+        for norm, sizes, squares in over_samples:  # (1 + ‖h_t‖²) ‖δ_t‖²
+            if norm.weights[t] or norm.biases[t]:
+                of_delta = _add_scaled(of_delta, delta, sizes[t])
+            if norm.weights[t] and t > 0:
+                gathered.scales[t] = _add(gathered.scales[t], squares[t])
+        for norm, scale, factors in over_batch:
+            which = [row[t] for row in factors]
+            of_delta, of_h = _through_batch_norm(of_delta, delta, h, scale, *which, with_h=t > 0 and norm.weights[t])
+            gathered.hidden[t] = _add(gathered.hidden[t], of_h)
         if of_delta is None or t == last:
             continue
         between = chain.between[t]
@@ -395,15 +425,14 @@ def _through_batch_norm(
     of_delta: Tensor | None,
     delta: Tensor,
     h: Tensor,
-    twice: Tensor,
+    scale: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     product: Tensor | None,
     *,
     with_h: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Cotangents of δ_t, added to what there is, and of h_t from that of ‖Σ_i δ_i h_iᵀ/B‖² + ‖Σ_i δ_i/B‖²."""
-    scale = twice / len(h)
+    """Cotangents of δ_t, added to what there is, and of h_t from that of ‖Σ_i δ_i h_iᵀ/B‖² + ‖Σ_i δ_i/B‖², 2/B times it."""
     if weight is None and product is None:
         return _add(of_delta, None if bias is None else bias * scale.expand(len(delta), 1)), None
     if product is not None:

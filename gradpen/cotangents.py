@@ -89,28 +89,39 @@ class OfCrossEntropy:
     """Of the cross entropy of one class a sample: softmax − one-hot, by the kernels that autograd takes for it.
 
     Attributes:
-        f: (B,).
         value: ∂f_i/∂output; 0 for targets that are ignored.
     """
 
-    @torch.no_grad()
     def __init__(self, function: Scalar, output: Tensor) -> None:
         self._function = function
-        self._log_softmax, target = torch.log_softmax(output, 1), function.target
-        self.f, total = aten.nll_loss_forward(self._log_softmax, target, None, _UNREDUCED, IGNORED)
-        ones = torch.ones_like(self.f)
-        self._minus_one_hot = aten.nll_loss_backward(ones, self._log_softmax, target, None, _UNREDUCED, IGNORED, total)
-        self.value = aten._log_softmax_backward_data(self._minus_one_hot, self._log_softmax, 1, output.dtype)
+        with torch.no_grad():
+            self._log_softmax = torch.log_softmax(output, 1)
+            ones = self._log_softmax.new_ones(len(output))
+            self._minus_one_hot = aten.nll_loss_backward(
+                ones, self._log_softmax, function.target, None, _UNREDUCED, IGNORED, ones[0]
+            )
+            self.value = torch._log_softmax_backward_data(self._minus_one_hot, self._log_softmax, 1, output.dtype)
 
-    @torch.no_grad()
+    @cached_property
+    def f(self) -> Tensor:
+        """(B,)."""
+        return self._loss(_UNREDUCED)[0]
+
     def data_loss(self, reduction: str | None) -> tuple[Tensor, float | Tensor]:
         """What the criterion gives, 0-dim, and the multiple that it is of mean_i f_i."""
-        size = len(self.f)
+        size = len(self._log_softmax)
         if reduction in (None, "none"):
             return self.f.mean(), 1.0
-        code = _SUM if reduction == "sum" else _MEAN
-        loss, count = aten.nll_loss_forward(self._log_softmax, self._function.target, None, code, IGNORED)
-        return loss, float(size) if reduction == "sum" else size / number_if_at_hand(count.clamp(min=1))
+        if reduction == "sum":
+            return self._loss(_SUM)[0], float(size)
+        loss, count = self._loss(_MEAN)
+        known = number_if_at_hand(count)
+        return loss, size / (max(known, 1.0) if isinstance(known, float) else known.clamp(min=1))
+
+    @torch.no_grad()
+    def _loss(self, reduction: int) -> tuple[Tensor, Tensor]:
+        """The loss, and how many targets are not ignored."""
+        return aten.nll_loss_forward(self._log_softmax, self._function.target, None, reduction, IGNORED)
 
     def is_of(self, function: Scalar) -> bool:
         """Whether it is that of this f."""
@@ -119,7 +130,7 @@ class OfCrossEntropy:
     def pull(self, of_value: Tensor) -> Tensor:
         """The cotangent of the output from that of `value`."""
         softmax = self.value - self._minus_one_hot  # 0 where the target is ignored
-        return aten._softmax_backward_data(of_value, softmax, 1, of_value.dtype)
+        return torch._softmax_backward_data(of_value, softmax, 1, of_value.dtype)
 
     def at(self, output: Tensor) -> OfScalar:
         """At another output."""

@@ -7,7 +7,8 @@ its gradients are left to autograd.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -108,6 +109,10 @@ class Elementwise(NamedTuple):
     saved: Tensor | None = None  # `Kind.saved`, (B, n)
     factor: Tensor | None = None  # a constant such as a mask of dropout, that can be broadcast to (B, n)
 
+    def without_tensors(self) -> Elementwise:
+        """The function without what it saved."""
+        return Elementwise(self.kind, self.options)
+
     @property
     def is_curved(self) -> bool:
         """Whether g'' is other than 0 anywhere."""
@@ -186,9 +191,18 @@ class DenseChain(NamedTuple):
         """All weights and then all biases."""
         return [leaf for leaf in (*self.weights, *self.biases) if leaf is not None]
 
-    def without_output(self) -> DenseChain:
-        """The same where the output is not needed: others may change it."""
-        return self._replace(output=self.output.new_empty(0))
+    @property
+    def rows(self) -> list[Sequence[Tensor | None]]:
+        """All tensors but the output, which others may change."""
+        saved, factors = [between.saved for between in self.between], [between.factor for between in self.between]
+        return [self.weights, self.biases, self.hidden, saved, factors]
+
+    @classmethod
+    def of_rows(cls, rows: Iterator[Any], like: Sequence[Elementwise]) -> DenseChain:
+        """From `rows` and the same functions elsewhere; the output is empty."""
+        weights, biases, hidden, saved, factors = itertools.islice(rows, 5)
+        between = [Elementwise(one.kind, one.options, *at) for one, *at in zip(like, saved, factors, strict=True)]
+        return cls(weights, biases, hidden, tuple(between), hidden[0].new_empty(0))
 
     def with_parameters(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> DenseChain:
         """The same layers on the same input with other weights and biases; factors stay as they are."""
