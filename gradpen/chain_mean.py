@@ -21,6 +21,7 @@ from gradpen.chain_norms import (
     NormOf,
     deltas_of,
     mean_gradients,
+    mean_product,
     pulled_to_parameters,
     total_norm,
 )
@@ -73,9 +74,10 @@ def with_known_gradient(
         norms = [total_norm(_counted(gradients, difference.norm_of), data_loss.value) for difference in differences]
         displaced = []
         for place, (difference, norm) in enumerate(zip(differences, norms, strict=True)):
-            inverse = divide_or_zero(torch.ones_like(norm), norm)
+            inverse = _reciprocal_or_zero(norm)
+            first = _of_first(chain, deltas, gradients, difference.norm_of)
             for signed_step, weight in difference.moves:
-                moved = _moved(chain, gradients, difference.norm_of, inverse * signed_step)
+                moved = _moved(chain, gradients, difference.norm_of, inverse * signed_step, first)
                 cotangent = data_loss.cotangent.at(moved.output).value.detach()
                 displaced.append(_Displaced(place, weight, moved, cotangent))
     here = [difference.weight_here for difference in differences]
@@ -110,17 +112,48 @@ def _counted(gradients: Gradients, norm_of: NormOf) -> list[Tensor]:
     return [gradient for gradient, counts in each if counts and gradient is not None]
 
 
-def _moved(chain: DenseChain, gradients: Gradients, norm_of: NormOf, scale: Tensor) -> DenseChain:
-    """The same layers, and the same dropout masks, where the parameters that count are displaced by scale · gradient."""
-    weights = [
-        torch.addcmul(weight, gradient, scale) if counts else weight
-        for weight, gradient, counts in zip(chain.weights, gradients[0], norm_of.weights, strict=True)
-    ]
-    biases = [
-        bias if bias is None or gradient is None or not counts else torch.addcmul(bias, gradient, scale)
-        for bias, gradient, counts in zip(chain.biases, gradients[1], norm_of.biases, strict=True)
-    ]
-    return chain.with_parameters(weights, biases)
+def _reciprocal_or_zero(norm: Tensor) -> float | Tensor:
+    known = number_if_at_hand(norm)
+    if isinstance(known, Tensor):
+        return divide_or_zero(torch.ones_like(norm), norm)
+    return 1 / known if known != 0 else 0.0
+
+
+def _of_first(chain: DenseChain, deltas: Deltas, gradients: Gradients, norm_of: NormOf) -> Tensor | None:
+    """x G_1ᵀ + g_1, what z_1 moves by if the parameters move by the gradient, if products between samples cost less."""
+    x, delta = chain.hidden[0], deltas.at[0]
+    (size, columns), rows = x.shape, delta.shape[1]
+    if chain.first is None or not norm_of.weights[0] or size * (rows + columns) >= rows * columns:
+        return None
+    of_weight = mean_product(x @ x.t(), delta)
+    bias = gradients[1][0]
+    return of_weight if bias is None or not norm_of.biases[0] else of_weight + bias
+
+
+def _moved(
+    chain: DenseChain, gradients: Gradients, norm_of: NormOf, scale: float | Tensor, of_first: Tensor | None
+) -> DenseChain:
+    """The same layers, and the same dropout masks, where the parameters that count are displaced by scale · gradient.
+
+    Where what z_1 moves by is known, W_1 and b_1 stay as they are: nobody asks for them there.
+    """
+    first = None if of_first is None or chain.first is None else _plus(chain.first, of_first, scale)
+    which = range(len(chain.weights)) if first is None else range(1, len(chain.weights))
+    weights, biases = list(chain.weights), list(chain.biases)
+    for t in which:
+        if norm_of.weights[t]:
+            weights[t] = _plus(weights[t], gradients[0][t], scale)
+        bias, gradient = biases[t], gradients[1][t]
+        if norm_of.biases[t] and bias is not None and gradient is not None:
+            biases[t] = _plus(bias, gradient, scale)
+    return chain.with_parameters(weights, biases, first)
+
+
+def _plus(tensor: Tensor, gradient: Tensor, scale: float | Tensor) -> Tensor:
+    """Tensor + scale · gradient."""
+    if isinstance(scale, Tensor):
+        return torch.addcmul(tensor, gradient, scale)
+    return torch.add(tensor, gradient, alpha=scale)
 
 
 class _WithKnownGradient(torch.autograd.Function):
@@ -185,10 +218,10 @@ def _combined(
     of_norms: Sequence[Tensor | None],
 ) -> list[Tensor]:
     """Cotangents of the leaves from those of the multiple of the mean and of the norms."""
-    of_norms = tuple(  # none where the norm is 0
-        None if of_norm is None else torch.where(norm > 0, of_norm, 0.0)
+    of_norms = [
+        None if of_norm is None else _where_positive(norm, of_norm)
         for of_norm, norm in zip(of_norms, norms, strict=True)
-    )
+    ]
     scales = [] if of_value is None else [of_value * multiple]
     scales += [of_norm * weight for of_norm, weight in zip(of_norms, here, strict=True) if of_norm is not None]
     there = [
@@ -196,7 +229,15 @@ def _combined(
         for place, weight, chain, cotangent in displaced
         if (of_norm := of_norms[place]) is not None
     ]
-    return _weighted(gradients, sum_tensors(scales), there)
+    return _weighted(gradients, sum_tensors(scales or [torch.zeros_like(norms[0])]), there)
+
+
+def _where_positive(norm: Tensor, of_norm: Tensor) -> Tensor | None:
+    """The cotangent of a norm; none where it is 0."""
+    known = number_if_at_hand(norm)
+    if isinstance(known, Tensor):
+        return torch.where(known > 0, of_norm, 0.0)
+    return of_norm if known > 0 else None
 
 
 def _weighted(gradients: Gradients, scale: Tensor, there: Sequence[tuple[DenseChain, Tensor]]) -> list[Tensor]:
@@ -224,4 +265,7 @@ def _plus_mean_gradients(total: Sequence[Tensor], factor: float, chain: DenseCha
         for gradient, delta, h in zip(total[:n], deltas, chain.hidden, strict=True)
     ]
     with_bias = [delta for delta, bias in zip(deltas, chain.biases, strict=True) if bias is not None]
-    return weights + [g * factor + delta.sum(0) * scale for g, delta in zip(total[n:], with_bias, strict=True)]
+    return weights + [
+        torch.add(delta.sum(0).mul_(scale), gradient, alpha=factor)
+        for gradient, delta in zip(total[n:], with_bias, strict=True)
+    ]

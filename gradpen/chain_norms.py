@@ -77,18 +77,18 @@ def sq_norms(chain: DenseChain, deltas: Deltas, norms: Sequence[NormOf]) -> list
 
 def mean_gradients(chain: DenseChain, deltas: Deltas) -> tuple[list[Tensor], list[Tensor | None]]:
     """∇ mean_i f_i of every weight, and of every bias that there is."""
-    weights = [_mean_product(delta, h) for delta, h in zip(deltas.at, chain.hidden, strict=True)]
+    weights = [mean_product(delta, h) for delta, h in zip(deltas.at, chain.hidden, strict=True)]
     biases = [None if bias is None else _mean_row(delta) for delta, bias in zip(deltas.at, chain.biases, strict=True)]
     return weights, biases
 
 
 def _mean_row(delta: Tensor) -> Tensor:
-    return delta.sum(0) * (1 / len(delta))
+    return delta.sum(0) * (1 / delta.shape[0])
 
 
-def _mean_product(delta: Tensor, h: Tensor) -> Tensor:
+def mean_product(delta: Tensor, h: Tensor) -> Tensor:
     """mean_i δ_i h_iᵀ, divided within the product."""
-    return torch.addmm(delta[:1, :1], delta.t(), h, beta=0, alpha=1 / len(h))  # nothing is read of the first
+    return torch.addmm(delta[:1, :1], delta.t(), h, beta=0, alpha=1 / h.shape[0])  # nothing is read of the first
 
 
 def _factors(chain: DenseChain, deltas: Deltas, norm: NormOf) -> tuple[Row, ...]:
@@ -107,14 +107,14 @@ def _factors(chain: DenseChain, deltas: Deltas, norm: NormOf) -> tuple[Row, ...]
         return (
             tuple(
                 [
-                    _mean_product(delta, h) if counts and not without else None
+                    mean_product(delta, h) if counts and not without else None
                     for (delta, h, (counts, _)), without in zip(each, by_products, strict=True)
                 ]
             ),
             tuple([_mean_row(delta) if counts else None for delta, _, (_, counts) in each]),
             tuple(
                 [
-                    _mean_product(h @ h.t(), delta) if without else None
+                    mean_product(h @ h.t(), delta) if without else None
                     for (delta, h, _), without in zip(each, by_products, strict=True)
                 ]
             ),
@@ -143,7 +143,7 @@ def _sizes_and_squares(chain: DenseChain, deltas: Deltas, norm: NormOf) -> tuple
         sizes = torch.stack([row_sq_norm(h) * counts for h, counts in zip(chain.hidden, norm.weights, strict=True)])
         squares = torch.stack([row_sq_norm(delta) for delta in deltas.at])
         return sizes + torch.tensor(norm.biases, device=sizes.device).unsqueeze(1), squares
-    sizes, squares = deltas.at[0].new_zeros(2, len(deltas.at), len(deltas.at[0]))
+    sizes, squares = deltas.at[0].new_zeros(2, len(deltas.at), deltas.at[0].shape[0])
     for t, (delta, h, weight, bias) in enumerate(zip(deltas.at, chain.hidden, norm.weights, norm.biases, strict=True)):
         if weight:
             torch.linalg.vector_norm(h, dim=1, out=sizes[t])
@@ -315,7 +315,7 @@ def _of_output(chain: DenseChain, of_data_loss: Tensor, cotangent: OfScalar, mul
     """The cotangent of the output from that of the data loss."""
     if torch.is_grad_enabled():
         cotangent = cotangent.at(chain.output)
-    return cotangent.value * (of_data_loss * (multiple / len(chain.hidden[0])))
+    return cotangent.value * (of_data_loss * (multiple / chain.hidden[0].shape[0]))
 
 
 def _backward(
@@ -372,7 +372,7 @@ def _sweep_forward(chain: DenseChain, deltas: Deltas, wanted: Sequence[_Wanted],
             gathered.weights[0] = _add_product(gathered.weights[0], scaled, deltas.entry)
             of_delta = _add_scaled(of_delta, deltas.entry @ chain.weights[0].t(), twice)
         elif norm.what == "batch":
-            over_batch.append((norm, twice / len(chain.hidden[0]), factors))
+            over_batch.append((norm, twice / chain.hidden[0].shape[0], factors))
         else:
             scaled_factors = [(factor.t() * twice).split(1, dim=1) for (factor,) in factors]
             over_samples.append((norm, *scaled_factors))
@@ -437,7 +437,7 @@ def _through_batch_norm(
         return _add(of_delta, None if bias is None else bias * scale.expand(len(delta), 1)), None
     if product is not None:
         to_delta = product if bias is None else product + bias
-        to_h = _mean_product(delta @ delta.t(), h) if with_h else None
+        to_h = mean_product(delta @ delta.t(), h) if with_h else None
     else:
         assert weight is not None
         to_delta = h @ weight.t() if bias is None else torch.addmm(bias, h, weight.t())

@@ -21,7 +21,7 @@ from gradpen.criteria import Criterion, Scalar
 from gradpen.dense_chain import DenseChain, read_chain
 from gradpen.gradients import random_directions
 from gradpen.recording import Recording
-from gradpen.terms import InputTerm, ParamTerm, Term
+from gradpen.terms import GroupNorms, InputTerm, ParamTerm, Term
 
 
 class Request(NamedTuple):
@@ -45,12 +45,12 @@ class Found(NamedTuple):
 
     Attributes:
         output: of the model.
-        sq_norms: one tensor for each request.
+        norms: what each request came to.
         data_loss: the data loss with its gradient, if there is a formula for it.
     """
 
     output: Tensor
-    sq_norms: list[Tensor]
+    norms: list[GroupNorms]
     data_loss: Tensor | None
 
 
@@ -134,7 +134,7 @@ def _by_formulas(
         else:
             estimates = [estimate for (estimate,) in islice(remaining, projection.num_projections)]
             values[places[0]] = torch.stack(estimates).mean(0)
-    return Found(output, [values[place] for place in range(len(requests))], data_loss)
+    return Found(output, [GroupNorms(values[place]) for place in range(len(requests))], data_loss)
 
 
 def _with_known_gradient(
@@ -161,8 +161,9 @@ def _with_known_gradient(
             multiple = data.over_mean(value, cotangent.f.mean(), len(chain.output), target)
             data_loss = DataLoss(value, cotangent, multiple)
     output, with_gradient, roots = with_known_gradient(chain, deltas, data_loss, differences)
-    squared = iter([root.square().reshape(1) for root in roots])
-    return Found(output, [next(values if term is None else squared) for term in terms], with_gradient)
+    differences_found = iter([GroupNorms(root.unsqueeze(0), are_squared=False) for root in roots])
+    found = [GroupNorms(next(values)) if term is None else next(differences_found) for term in terms]
+    return Found(output, found, with_gradient)
 
 
 def _data_loss(output: Tensor, known: Iterable[OfScalar], criterion: Criterion, target: Any) -> DataLoss | None:

@@ -13,7 +13,7 @@ from gradpen._numerics import number_if_at_hand
 from gradpen.criteria import IGNORED, Scalar
 from gradpen.recording import RngState
 
-aten = torch.ops.aten
+_nll_loss, _nll_loss_backward = torch.ops.aten.nll_loss_forward.default, torch.ops.aten.nll_loss_backward.default
 
 
 class Cotangent(Protocol):
@@ -96,8 +96,8 @@ class OfCrossEntropy:
         self._function = function
         with torch.no_grad():
             self._log_softmax = torch.log_softmax(output, 1)
-            ones = self._log_softmax.new_ones(len(output))
-            self._minus_one_hot = aten.nll_loss_backward(
+            ones = self._log_softmax.new_ones(output.shape[0])
+            self._minus_one_hot = _nll_loss_backward(
                 ones, self._log_softmax, function.target, None, _UNREDUCED, IGNORED, ones[0]
             )
             self.value = torch._log_softmax_backward_data(self._minus_one_hot, self._log_softmax, 1, output.dtype)
@@ -109,7 +109,7 @@ class OfCrossEntropy:
 
     def data_loss(self, reduction: str | None) -> tuple[Tensor, float | Tensor]:
         """What the criterion gives, 0-dim, and the multiple that it is of mean_i f_i."""
-        size = len(self._log_softmax)
+        size = self._log_softmax.shape[0]
         if reduction in (None, "none"):
             return self.f.mean(), 1.0
         if reduction == "sum":
@@ -121,7 +121,7 @@ class OfCrossEntropy:
     @torch.no_grad()
     def _loss(self, reduction: int) -> tuple[Tensor, Tensor]:
         """The loss, and how many targets are not ignored."""
-        return aten.nll_loss_forward(self._log_softmax, self._function.target, None, reduction, IGNORED)
+        return _nll_loss(self._log_softmax, self._function.target, None, reduction, IGNORED)
 
     def is_of(self, function: Scalar) -> bool:
         """Whether it is that of this f."""

@@ -157,7 +157,7 @@ class Scalar:
             and target.dtype == torch.int64
             and target.dim() == 1
             and output.dim() == 2
-            and 0 < len(output) == len(target)
+            and 0 < output.shape[0] == target.shape[0]
         )
 
     def __call__(self, output: Any) -> Tensor:

@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 from gradpen._graph import VIEW_NODES
 
 aten = torch.ops.aten
+_threshold_backward, _threshold_backward_into = aten.threshold_backward.default, aten.threshold_backward.grad_input
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,11 @@ class Kind:
 
 
 def _relu_backward(cotangent: Tensor, result: Tensor) -> Tensor:
-    return aten.threshold_backward(cotangent, result, 0)
+    return _threshold_backward(cotangent, result, 0)
 
 
 def _relu_backward_into(cotangent: Tensor, result: Tensor) -> Tensor:
-    return aten.threshold_backward.grad_input(cotangent, result, 0, grad_input=cotangent)
+    return _threshold_backward_into(cotangent, result, 0, grad_input=cotangent)
 
 
 def _leaky_relu_backward(cotangent: Tensor, z: Tensor, slope: float) -> Tensor:
@@ -178,6 +179,7 @@ class DenseChain(NamedTuple):
         hidden: h_t, (B, n_{t−1}); h_1 is the input.
         between: what makes h_{t+1} of z_t, for t < n.
         output: z_n, (B, n_n), with the model's graph if there is one.
+        first: z_1, (B, n_1), if it was kept.
     """
 
     weights: tuple[Tensor, ...]
@@ -185,6 +187,7 @@ class DenseChain(NamedTuple):
     hidden: tuple[Tensor, ...]
     between: tuple[Elementwise, ...]
     output: Tensor
+    first: Tensor | None = None
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -204,16 +207,24 @@ class DenseChain(NamedTuple):
         between = [Elementwise(one.kind, one.options, *at) for one, *at in zip(like, saved, factors, strict=True)]
         return cls(weights, biases, hidden, tuple(between), hidden[0].new_empty(0))
 
-    def with_parameters(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> DenseChain:
-        """The same layers on the same input with other weights and biases; factors stay as they are."""
-        hidden, between, h = [], [], self.hidden[0]
-        for weight, bias, elementwise in zip(weights, biases, (*self.between, None), strict=True):
+    def with_parameters(
+        self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], first: Tensor | None = None
+    ) -> DenseChain:
+        """The same layers on the same input with other weights and biases; factors stay as they are.
+
+        Args:
+            weights: of all layers.
+            biases: of all layers.
+            first: z_1 of these, if it is known; W_1 is not looked at then.
+        """
+        z = F.linear(self.hidden[0], weights[0], biases[0]) if first is None else first
+        hidden, between = [self.hidden[0]], []
+        for weight, bias, elementwise in zip(weights[1:], biases[1:], self.between, strict=True):
+            h, there = elementwise.at_own(z)
             hidden.append(h)
-            h = F.linear(h, weight, bias)
-            if elementwise is not None:
-                h, there = elementwise.at_own(h)
-                between.append(there)
-        return DenseChain(tuple(weights), tuple(biases), tuple(hidden), tuple(between), h)
+            between.append(there)
+            z = F.linear(h, weight, bias)
+        return DenseChain(tuple(weights), tuple(biases), tuple(hidden), tuple(between), z)
 
 
 def read_chain(output: Any, entry: Tensor | None) -> DenseChain | None:
@@ -277,7 +288,7 @@ def are_layers(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> bo
         return False
     seen = set()
     for weight, bias in zip(weights, biases, strict=True):
-        if weight.dim() != 2 or not (bias is None or (bias.dim() == 1 and len(bias) == len(weight))):
+        if weight.dim() != 2 or not (bias is None or bias.shape == weight.shape[:1]):
             return False
         for leaf in (weight,) if bias is None else (weight, bias):
             if not (_is_of_torch(leaf) and leaf.is_leaf and leaf.requires_grad and leaf.dtype == dtype):

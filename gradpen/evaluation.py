@@ -32,14 +32,7 @@ from gradpen.recording import (
     record_forward,
     tensors_of,
 )
-from gradpen.terms import InputTerm, ParamTerm, Term, select_parameters
-
-
-class GroupNorms(NamedTuple):
-    """Squared norms and what they stand for."""
-
-    sq_norms: Tensor  # (groups,), differentiable
-    sizes: Tensor | None = None  # (groups,): how many samples are behind each; None where all have as many
+from gradpen.terms import GroupNorms, InputTerm, ParamTerm, Term, select_parameters
 
 
 class Evaluation(NamedTuple):
@@ -182,14 +175,12 @@ def evaluate_terms(
             data=None if data is None else (data, y),
             first_order=first_order,
         )
-        return (
-            None if found is None else Evaluation(found.output, list(map(GroupNorms, found.sq_norms)), found.data_loss)
-        )
+        return None if found is None else Evaluation(found.output, found.norms, found.data_loss)
 
     perhaps_chain = chain_terms.have_formulas(requests, first_order=first_order) and not _is_foreign(model, requests)
     if perhaps_chain:
         rng = RngState.capture(torch_alone=True)
-        chain = run_chain(model, x)
+        chain = run_chain(model, x, keep_first=first_order and create_graph)
         if chain is not None:
             evaluation = by_formulas(chain)
             if evaluation is not None:
@@ -243,7 +234,7 @@ def evaluate_terms(
         else:
             norms.append(_param_norms(forward, scalar, term, criterion, y, chosen, known))
         if not create_graph:  # some of them had to build one
-            norms[-1] = norms[-1]._replace(sq_norms=norms[-1].sq_norms.detach())
+            norms[-1] = norms[-1]._replace(values=norms[-1].values.detach())
     recording.gate.closed = True
     return Evaluation(recording.output, norms, data_loss)
 
@@ -392,7 +383,7 @@ def _input_norms(forward: _Pass, scalar: _ScalarGradients, term: InputTerm) -> G
         sq_norms = gradients.input_sq_norm(scalar.gradients.inputs)
     else:
         mixing.check_inputs_unmixed(forward.model, scalar.f, scalar.function, recording, scalar.walk)
-        sq_norms = finite_difference.input_norm(
+        norms = finite_difference.input_norm(
             forward.model,
             forward.x,
             scalar.f,
@@ -402,7 +393,8 @@ def _input_norms(forward: _Pass, scalar: _ScalarGradients, term: InputTerm) -> G
             step=term.step,
             replay=forward.rng.replayed,
             buffers=forward.buffers,
-        ).square()
+        )
+        return GroupNorms(norms, are_squared=False)
     return GroupNorms(sq_norms)
 
 
@@ -451,7 +443,7 @@ def _param_norms(
     sizes = term.group_sizes(f.shape[0], f)
     if term.method == "finite_difference":
         norms = _finite_difference_norms(forward, scalar, term, criterion, y, parameters, known)
-        return GroupNorms(norms.square(), sizes)
+        return GroupNorms(norms, sizes, are_squared=False)
     if scalar.create_graph:
         check_derivable_twice(scalar.walk, parameters.values())
     if term.over == "batch":

@@ -45,11 +45,16 @@ class _Between(NamedTuple):
         return self.function.kind is None and self.dropout == 0
 
 
-def run_chain(model: nn.Module, x: Any) -> DenseChain | None:
+def run_chain(model: nn.Module, x: Any, *, keep_first: bool = False) -> DenseChain | None:
     """The forward pass without a graph, or None, and nothing has happened, if it is not evident that the model is a chain.
 
     It is evident of nested nn.Sequential of nn.Linear, activations and dropout, perhaps behind nn.Flatten, with nothing in
     it frozen, hooked, patched, compiled or used twice.
+
+    Args:
+        model: any module.
+        x: what it is given.
+        keep_first: keep z_1, of which a pass with other parameters can be made at less cost.
     """
     is_plain = type(x) is Tensor and x.layout == torch.strided and not x.requires_grad and not x.is_inference()
     if not is_plain or x.dim() < 2:
@@ -63,7 +68,7 @@ def run_chain(model: nn.Module, x: Any) -> DenseChain | None:
     if not are_layers(weights, biases) or weights[0].dtype != x.dtype:
         return None
     with torch.no_grad():
-        return _run(x if x.dim() == 2 else x.flatten(1), weights, biases, between)
+        return _run(x if x.dim() == 2 else x.flatten(1), weights, biases, between, keep_first)
 
 
 _GLOBAL_HOOKS = (
@@ -110,16 +115,21 @@ _NOTHING = _Between()
 
 
 def _run(
-    h: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], between: Sequence[_Between]
+    h: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    between: Sequence[_Between],
+    keep_first: bool,
 ) -> DenseChain:
     hidden: list[Tensor] = [h]
     done: list[Elementwise] = []
     z = F.linear(h, weights[0], biases[0])
+    first = z if keep_first else None
     for weight, bias, (elementwise, dropout) in zip(weights[1:], biases[1:], between, strict=True):
         if dropout > 0:
             elementwise = elementwise._replace(factor=F.dropout(torch.ones_like(z), dropout))  # the model's own mask
-        h, elementwise = elementwise.at_own(z)
+        h, elementwise = elementwise.at(z) if z is first else elementwise.at_own(z)
         done.append(elementwise)
         hidden.append(h)
         z = F.linear(h, weight, bias)
-    return DenseChain(tuple(weights), tuple(biases), tuple(hidden), tuple(done), z)
+    return DenseChain(tuple(weights), tuple(biases), tuple(hidden), tuple(done), z, first)

@@ -11,11 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradpen import _checks, evaluation
-from gradpen._numerics import safe_sqrt
 from gradpen.criteria import Criterion, as_criterion
-from gradpen.evaluation import Evaluation, GroupNorms
+from gradpen.evaluation import Evaluation
 from gradpen.recording import tensors_of
-from gradpen.terms import InputTerm, ParameterFilter, ParamTerm, Term
+from gradpen.terms import GroupNorms, InputTerm, ParameterFilter, ParamTerm, Term
 
 Weight = float | Callable[[int], float]
 
@@ -87,7 +86,7 @@ class GradPenalty(nn.Module):
 
     def reduce(self, norms: GroupNorms) -> Tensor:
         """R: the mean over samples of ‖·‖², or of ‖·‖."""
-        values = norms.sq_norms if self.squared else safe_sqrt(norms.sq_norms)
+        values = norms.sq_norms if self.squared else norms.norms
         if norms.sizes is None:
             return values.mean()
         return (values * norms.sizes).sum() / norms.sizes.sum()
@@ -180,7 +179,7 @@ class InputGradPenalty(GradPenalty):
         """R: the mean over samples of ‖·‖², of ‖·‖, or of (‖·‖ − target)²."""
         if self.target is None:
             return super().reduce(norms)
-        excess = safe_sqrt(norms.sq_norms) - self.target
+        excess = norms.norms - self.target
         return (excess.clamp(min=0) if self.one_sided else excess).square().mean()
 
 

@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from gradpen import _checks, finite_difference
+from gradpen._numerics import safe_sqrt
 from gradpen.criteria import Criterion, Scalar, scalar_per_sample
 
 ParameterFilter = Sequence[str] | Callable[[str, nn.Parameter], bool]
@@ -106,6 +107,30 @@ class ParamTerm:
 
 
 Term = InputTerm | ParamTerm
+
+
+class GroupNorms(NamedTuple):
+    """What a term came to.
+
+    Attributes:
+        values: squared norms, or norms, of all groups: (groups,), differentiable.
+        sizes: how many samples are behind each, (groups,); None where all have as many.
+        are_squared: whether the values are squared norms.
+    """
+
+    values: Tensor
+    sizes: Tensor | None = None
+    are_squared: bool = True
+
+    @property
+    def sq_norms(self) -> Tensor:
+        """‖·‖²: (groups,)."""
+        return self.values if self.are_squared else self.values.square()
+
+    @property
+    def norms(self) -> Tensor:
+        """‖·‖, with derivative 0 at 0: (groups,)."""
+        return safe_sqrt(self.values) if self.are_squared else self.values
 
 
 def select_parameters(model: nn.Module, which: ParameterFilter | None) -> dict[str, nn.Parameter]:

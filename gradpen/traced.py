@@ -31,10 +31,10 @@ from gradpen import (
     recording,
 )
 from gradpen.criteria import Criterion, scalar_per_sample
-from gradpen.evaluation import Evaluation, GroupNorms
+from gradpen.evaluation import Evaluation
 from gradpen.isolation import state_kept
 from gradpen.recording import Call, Recording, RngState, call_model, call_with, float_tensors, map_floats
-from gradpen.terms import InputTerm, ParamTerm, Term, select_parameters
+from gradpen.terms import GroupNorms, InputTerm, ParamTerm, Term, select_parameters
 
 # put into the graph as they are: Dynamo refuses `torch.autograd.grad` and `requires_grad_`, the compiler behind it does not
 torch.compiler.allow_in_graph(_graph.differentiate)

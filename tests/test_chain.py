@@ -123,7 +123,7 @@ def looked(monkeypatch):
 
 def by_autograd(monkeypatch) -> None:
     """From now on no model is a chain."""
-    monkeypatch.setattr(evaluation, "run_chain", lambda *_: None)
+    monkeypatch.setattr(evaluation, "run_chain", lambda *_, **__: None)
     monkeypatch.setattr(chain_terms, "chain_of", lambda *_: None)
 
 

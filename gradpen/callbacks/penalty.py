@@ -16,10 +16,10 @@ from gradpen import _checks
 from gradpen._numerics import divide_or_zero
 from gradpen.callbacks._batch import Getter, find_model, split_batch
 from gradpen.callbacks._lightning import Callback
-from gradpen.evaluation import GroupNorms, evaluate_loss_terms
+from gradpen.evaluation import evaluate_loss_terms
 from gradpen.penalties import GradPenalty
 from gradpen.recording import CallRecorder, InputGate, Recording, float_tensors, requiring_grad, tensors_of
-from gradpen.terms import InputTerm
+from gradpen.terms import GroupNorms, InputTerm
 
 Due = list[tuple[GradPenalty, float]]  # the penalties of one step, and what each R is multiplied by
 
