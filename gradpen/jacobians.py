@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
@@ -164,11 +165,10 @@ class OperatorStack:
 
     def gram(self, u: Tensor) -> Tensor:
         """(ΣB, length) → (ΣB, length), u ↦ J Jᵀ u."""
-        out = torch.zeros_like(u)
-        for operator, part, into in zip(self.operators, u.split(self.sizes), out.split(self.sizes), strict=True):
-            rows = operator.template.shape[1]
-            into[:, :rows] = operator.gram(part[:, :rows])
-        return out
+        parts = zip(self.operators, u.split(self.sizes), strict=True)
+        products = [operator.gram(part[:, : operator.template.shape[1]]) for operator, part in parts]
+        length = u.shape[1]
+        return torch.cat([p if p.shape[1] == length else F.pad(p, (0, length - p.shape[1])) for p in products])
 
     def restricted(self, samples: Tensor) -> OperatorStack:
         """The stack of some samples, given by rising indices."""

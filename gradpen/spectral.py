@@ -27,10 +27,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from gradpen._numerics import divide_or_zero, widest_float
+from gradpen._numerics import divide_or_zero, number_if_at_hand, widest_float
 
 MatVec = Callable[[Tensor], Tensor]
 
@@ -95,32 +94,36 @@ def lanczos_bracket(
     log_weight = _log_smallest_weight(dimension, delta)
     max_steps = min(max_steps, max(int(dimension.max()), 1))
     alphas, betas = start.new_zeros(2, max_steps, len(start))
-    steps = torch.zeros_like(dimension)
-    samples = torch.arange(len(start), device=start.device)
-    done = torch.zeros_like(dimension, dtype=torch.bool)
+    steps = torch.full_like(dimension, max_steps)
+    present: Tensor | slice = slice(None)  # the samples that have not left
     q = divide_or_zero(start, torch.linalg.vector_norm(start, dim=1, keepdim=True))
     before, beta, size = torch.zeros_like(q), q.new_zeros(len(q)), q.new_zeros(len(q))
+    lowest = widest_float(torch.zeros_like(beta))  # what the largest Ritz value is known to reach
     next_look = _FIRST_LOOK
     for step in range(1, max_steps + 1):
         w, alpha, beta, size = _lanczos_step(gram, q, before, beta, size)
-        alphas[step - 1, samples], betas[step - 1, samples] = alpha, beta
+        alphas[step - 1, present], betas[step - 1, present] = alpha, beta
         before, q = q, w
         if step < next_look or step == max_steps:
             continue
-        steps[samples] = torch.where(done[samples], steps[samples], step)
-        recurrence = _Recurrence.of(alphas[:step, samples], betas[:step, samples], steps[samples])
-        done[samples] |= _is_narrow(recurrence, log_weight[samples], rtol)
-        finished = done[samples]
-        if bool(finished.all()):
+        recurrence = _Recurrence.of(alphas[:step, present], betas[:step, present])
+        low, _ = recurrence.ritz_between(lowest[present], rtol)
+        is_narrow = recurrence.is_narrow(low, log_weight[present], rtol)
+        before_now = steps[present] < step  # finished at a look before this one, whose values stay
+        lowest[present] = torch.where(before_now, lowest[present], low)
+        steps[present] = torch.where(is_narrow & ~before_now, step, steps[present])
+        finished = is_narrow | before_now
+        number = int(finished.sum())
+        if number == len(q):
             break
-        if restrict is not None and int(finished.sum()) >= _WORTH_LEAVING * len(samples):
+        if restrict is not None and number >= _WORTH_LEAVING * len(q):
             kept = finished.logical_not().nonzero().squeeze(1)
-            samples, q, before, beta, size = (tensor[kept] for tensor in (samples, q, before, beta, size))
-            gram = restrict(samples)
+            present = kept if isinstance(present, slice) else present[kept]
+            q, before, beta, size = (tensor[kept] for tensor in (q, before, beta, size))
+            gram = restrict(present)
         next_look = step + max(step // 8, 2)
-    else:
-        steps[samples] = torch.where(done[samples], steps[samples], max_steps)
-    return _bracket_of_recurrence(_Recurrence.of(alphas[:step], betas[:step], steps), log_weight)
+    recurrence = _Recurrence.of(alphas[:step], betas[:step], steps)
+    return _bracket_of_recurrence(recurrence, recurrence.ritz_between(lowest, rtol), log_weight)
 
 
 _FIRST_LOOK = 8
@@ -144,8 +147,8 @@ def _lanczos_step(
     beta = torch.linalg.vector_norm(w, dim=1)
     size = torch.maximum(size, alpha.abs() + beta)
     exhausted = beta <= 4 * torch.finfo(q.dtype).eps * size  # what is left is rounding, and the next vector 0
-    w = w.div_(torch.where(exhausted, torch.inf, beta).unsqueeze(1))
-    return w, alpha, torch.where(exhausted, 0.0, beta), size
+    w = w.div_(beta.masked_fill(exhausted, torch.inf).unsqueeze(1))
+    return w, alpha, beta.masked_fill(exhausted, 0.0), size
 
 
 def _log_smallest_weight(dimension: Tensor, delta: float | Tensor) -> Tensor:
@@ -161,21 +164,30 @@ class _Recurrence(NamedTuple):
 
     alphas: Tensor  # (k, 1, B)
     betas: Tensor  # (k, 1, B)
-    counts: Tensor  # (k, 1, B) bool
+    counts: Tensor | None  # (k, 1, B) bool; None if all do
     scale: Tensor  # (B,): Gershgorin's bound
     eps: float
-    slack: Tensor  # (B,): allowance for rounding, relative to an eigenvalue
+    slack: Tensor | float  # (B,): allowance for rounding, relative to an eigenvalue
 
     @classmethod
-    def of(cls, alphas: Tensor, betas: Tensor, steps: Tensor) -> _Recurrence:
-        """From the coefficients (k, B) and the number (B,) of those that count."""
+    def of(cls, alphas: Tensor, betas: Tensor, steps: Tensor | None = None) -> _Recurrence:
+        """From the coefficients (k, B) and the number (B,) of those that count, None if all do."""
         eps = torch.finfo(alphas.dtype).eps
-        numbers = torch.arange(len(alphas), device=alphas.device).unsqueeze(1)
         alphas, betas = widest_float(alphas), widest_float(betas)
-        scale = (alphas.abs() + betas + F.pad(betas[:-1], (0, 0, 1, 0))).amax(0)
+        sizes = alphas.abs() + betas
+        sizes[1:] += betas[:-1]
+        scale = sizes.amax(0)
+        inverse = divide_or_zero(torch.ones_like(scale), scale)
+        alphas, betas = (alphas * inverse).unsqueeze(1), (betas * inverse).clamp(min=eps).unsqueeze(1)
+        if steps is None:
+            return cls(alphas, betas, None, scale, eps, eps * max(4 * len(alphas) ** 0.5, len(alphas)))
+        numbers = torch.arange(len(alphas), device=alphas.device).unsqueeze(1)
         slack = eps * torch.maximum(4 * widest_float(steps).sqrt(), widest_float(steps))
-        alphas, betas = divide_or_zero(alphas, scale).unsqueeze(1), divide_or_zero(betas, scale).unsqueeze(1)
-        return cls(alphas, betas.clamp(min=eps), (numbers < steps).unsqueeze(1), scale, eps, slack)
+        return cls(alphas, betas, (numbers < steps).unsqueeze(1), scale, eps, slack)
+
+    def _counted(self, rows: Tensor, otherwise: float) -> Tensor:
+        """Rows for every coefficient, with another number where it does not count."""
+        return rows if self.counts is None else torch.where(self.counts, rows, otherwise)
 
     def ratios(self, mu: Tensor) -> Tensor:
         """p_j(μ)/p_{j−1}(μ) at (points, B), 1 where j does not count: (k, points, B). They do not overflow, as p_j may."""
@@ -184,37 +196,63 @@ class _Recurrence(NamedTuple):
             _continue_fractions(ratios.numpy(), self.betas.numpy())
         else:
             _continue_fractions(ratios, self.betas)
-        return torch.where(self.counts, ratios, 1.0)
+        return self._counted(ratios, 1.0)
 
     def is_beyond(self, mu: Tensor) -> Tensor:
         """Whether μ at (points, B) exceeds the largest Ritz value: every p_j is positive there, and only there."""
-        alphas = torch.where(self.counts, self.alphas, -torch.inf)
+        alphas = self._counted(self.alphas, -torch.inf)
         tensors = mu, alphas, self.betas**2
         if mu.device.type == "cpu":  # NumPy needs a fraction of torch's time for so little
             return torch.from_numpy(_least_pivot(np, *[tensor.numpy() for tensor in tensors]) > 0)
         return _least_pivot(torch, *tensors) > 0
 
-    def ritz(self, rounds: int | None = None) -> Tensor:
-        """The largest Ritz value θ, from below: (B,). Every round divides the interval that holds it by 16.
+    def ritz_between(self, lowest: Tensor, rtol: float) -> tuple[Tensor, Tensor]:
+        """Ends of an interval that holds the largest Ritz value θ, not divided by `scale`: (B,), (B,).
 
-        By default down to the rounding of the coefficients; the host does not wait for the device.
+        Args:
+            lowest: what θ is known to reach, 0 if nothing is known. A few points beyond it are tried, as θ hardly moves from
+                one look to the next.
+            rtol: of the bracket: a small part of it is what the interval's ends differ by as a rule.
         """
-        rounds = math.ceil(-math.log(self.eps, 16)) if rounds is None else rounds
-        low = torch.where(self.counts, self.alphas, 0.0).amax(0).squeeze(0).clamp(min=0)
-        high = torch.ones_like(low)
-        fractions = torch.linspace(0, 1, 17, dtype=low.dtype, device=low.device).unsqueeze(1)
-        for _ in range(rounds):
-            points = low + (high - low) * fractions
-            below = self.is_beyond(points[1:-1]).logical_not().sum(0, keepdim=True)
-            low, high = (points.gather(0, below + end).squeeze(0) for end in (0, 1))
+        diagonal = self._counted(self.alphas, 0.0).amax(0).squeeze(0).clamp(min=0)  # no entry exceeds θ
+        low = torch.maximum(divide_or_zero(lowest, self.scale), diagonal)
+        shares = low.new_tensor([1 / 64, 1 / 16, 1 / 4, 1.0, 4.0, 16.0]).unsqueeze(1)
+        trials = torch.cat([low.unsqueeze(0), low * (1 + rtol * shares), torch.ones_like(low).unsqueeze(0)])
+        low, high = self._around_ritz(trials)
+        return low * self.scale, high * self.scale
+
+    def ritz(self, low: Tensor, high: Tensor) -> Tensor:
+        """The largest Ritz value θ, from below and down to the rounding of the coefficients: (B,).
+
+        Args:
+            low: ends of an interval that holds it, (B,), not divided by `scale`.
+            high: the other ends.
+        """
+        low, high = divide_or_zero(low, self.scale), divide_or_zero(high, self.scale)
+        widest = number_if_at_hand((high - low).amax())
+        width = 1.0 if isinstance(widest, Tensor) else max(widest, self.eps)
+        fractions = torch.linspace(0, 1, 5, dtype=low.dtype, device=low.device).unsqueeze(1)
+        for _ in range(math.ceil(math.log(width / self.eps, 4))):  # every round divides the interval by 4
+            low, high = self._around_ritz(low + (high - low) * fractions)
         return low
+
+    def _around_ritz(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Between which two of some rising points θ lies, if it does between the first and the last: (B,), (B,)."""
+        below = self.is_beyond(points[1:-1]).logical_not().sum(0, keepdim=True)
+        return points.gather(0, below).squeeze(0), points.gather(0, below + 1).squeeze(0)
+
+    def is_narrow(self, lowest: Tensor, log_weight: Tensor, rtol: float) -> Tensor:
+        """Whether the bracket is no wider than `rtol` if θ reaches `lowest`, not divided by `scale`: (B,) bool."""
+        target = divide_or_zero(lowest, self.scale) * (1 - self.slack) / (1 + self.slack) / (1 - min(rtol, 0.99)) ** 2
+        log_k = self.log_christoffel(target.unsqueeze(0)).squeeze(0)
+        return (log_k >= -log_weight) | (self.scale == 0)
 
     def log_christoffel(self, mu: Tensor) -> Tensor:
         """log K(μ) at (points, B), −∞ up to the largest Ritz value."""
         ratios = self.ratios(mu)
         beyond = (ratios > 0).all(0)
         logs = torch.where(beyond, ratios, 1.0).log()
-        log_squares = torch.where(self.counts, 2 * logs.cumsum(0), -torch.inf)
+        log_squares = self._counted(2 * logs.cumsum(0), -torch.inf)
         log_k = torch.logaddexp(log_squares.logsumexp(0), torch.zeros_like(mu))
         return torch.where(beyond, log_k, -torch.inf)
 
@@ -238,16 +276,9 @@ def _continue_fractions(numerators: Any, betas: Any) -> None:
             numerators[j] /= betas[j]
 
 
-def _is_narrow(recurrence: _Recurrence, log_weight: Tensor, rtol: float) -> Tensor:
-    """Whether the bracket is no wider than `rtol`: (B,) bool."""
-    target = recurrence.ritz(rounds=2) * (1 - recurrence.slack) / (1 + recurrence.slack) / (1 - min(rtol, 0.99)) ** 2
-    log_k = recurrence.log_christoffel(target.unsqueeze(0)).squeeze(0)
-    return (log_k >= -log_weight) | (recurrence.scale == 0)
-
-
-def _bracket_of_recurrence(recurrence: _Recurrence, log_weight: Tensor) -> Bracket:
+def _bracket_of_recurrence(recurrence: _Recurrence, between: tuple[Tensor, Tensor], log_weight: Tensor) -> Bracket:
     """From the coefficients to the bracket of the largest singular value, √ of that of the eigenvalue: (B,)."""
-    ritz, slack = recurrence.ritz(), recurrence.slack
+    ritz, slack = recurrence.ritz(*between), recurrence.slack
     upper = ritz * (1 + _christoffel_root(recurrence, ritz, log_weight).exp())
     ends = (ritz * (1 - slack) * recurrence.scale, upper * (1 + slack) * recurrence.scale)
     return Bracket(ends[0].sqrt(), ends[1].sqrt())
