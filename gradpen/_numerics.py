@@ -45,9 +45,14 @@ def row_sq_norm(tensor: Tensor) -> Tensor:
     return (rows * rows).sum(1)
 
 
+def is_at_hand(tensor: Tensor) -> bool:
+    """Whether the host can look at a tensor's entries without waiting for another device."""
+    return type(tensor) is Tensor and tensor.device.type == "cpu"  # subclasses may have no entries at all
+
+
 def number_if_at_hand(scalar: Tensor) -> float | Tensor:
-    """A 0-dim tensor's number if that is on the CPU; for another device the host would have to wait."""
-    return float(scalar) if scalar.device.type == "cpu" else scalar
+    """A 0-dim tensor's number if that `is_at_hand`."""
+    return float(scalar) if is_at_hand(scalar) else scalar
 
 
 def sum_tensors(tensors: Sequence[Tensor]) -> Tensor:

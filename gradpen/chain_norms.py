@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gradpen._graph import save_rows, saved_rows
-from gradpen._numerics import full_precision, row_sq_norm, total_sq_norm
+from gradpen._numerics import full_precision, is_at_hand, row_sq_norm, total_sq_norm
 from gradpen.cotangents import Cotangent, OfScalar
 from gradpen.dense_chain import DenseChain, may_overwrite
 
@@ -130,7 +130,7 @@ def _by_products(delta: Tensor, h: Tensor, t: int) -> bool:
 
     Values may cancel in them, of which the host has to be told (`_batch_sq_norm`), so it must not wait for a device.
     """
-    if torch.is_grad_enabled() or h.device.type != "cpu":
+    if torch.is_grad_enabled() or not is_at_hand(delta):
         return False
     (size, rows), columns = delta.shape, h.shape[1]
     between_samples, with_weight = (2, 3) if t > 0 else (1, 2)  # nobody asks for the cotangent of h_1
@@ -185,6 +185,8 @@ def _batch_sq_norm(chain: DenseChain, deltas: Deltas, norm: NormOf, factors: Seq
     if torch.is_grad_enabled():
         return total_sq_norm(found) if found else deltas.at[0].new_zeros(())
     sq_norm = total_norm(found, deltas.at[0]).square()
+    if all(product is None for product in products):
+        return sq_norm
     spread = torch.zeros_like(sq_norm)  # what the diagonals h_i · h_i and δ_i · δ_i alone make up
     for product, delta, h in zip(products, deltas.at, chain.hidden, strict=True):
         if product is not None:  # ‖G‖² = ⟨h Gᵀ, δ⟩/B

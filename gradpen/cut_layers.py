@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gradpen._graph import walk_graph
 from gradpen._numerics import rounding_tolerance, row_sq_norm, sum_tensors, widest_float
+from gradpen.dense_chain import DenseChain
 from gradpen.recording import Call, Recording
 from gradpen.report import ExcludedLayer
 from gradpen.sides import Sides
@@ -29,9 +30,16 @@ class CutLayer:
 
 
 def layers_in_sum(
-    model: nn.Module, recording: Recording, sides: Sides, parameters: Mapping[str, Tensor]
+    model: nn.Module,
+    recording: Recording,
+    sides: Sides,
+    parameters: Mapping[str, Tensor],
+    chain: DenseChain | None = None,
 ) -> tuple[list[CutLayer], list[ExcludedLayer]]:
-    """The dense layers that cut the graph between x and f, and the reason for every other parameter's absence."""
+    """The dense layers that cut the graph between x and f, and the reason for every other parameter's absence.
+
+    Every layer of a chain that leads from x to the output cuts it; of all others it is found out.
+    """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     walk = walk_graph(recording.output)
     layers: list[CutLayer] = []
@@ -40,7 +48,12 @@ def layers_in_sum(
         index: _reason_to_exclude(recording.calls[index], index, names, recording, sides, walk.leaf_edges)
         for index in sides.deltas[0]
     }
-    candidates = [index for index, reason in reasons.items() if reason is None]
+    in_chain = set() if chain is None else set(map(id, chain.weights))
+    candidates = [
+        index
+        for index, reason in reasons.items()
+        if reason is None and id(recording.calls[index].weight) not in in_chain
+    ]
     if not _cut_graph(candidates, recording, sides):
         for index in candidates:
             if not _cut_graph([index], recording, sides):

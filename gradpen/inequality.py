@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gradpen import _checks
 from gradpen._numerics import divide_or_zero, row_sq_norm, widest_float
+from gradpen.chain_terms import chain_of
 from gradpen.cut_layers import CutLayer, layers_in_sum
 from gradpen.isolation import outside_inference, untouched
 from gradpen.layer_norms import METHODS, NORMS, LayerNorms, NormSettings, jacobian_operators, layer_norms
@@ -110,8 +111,9 @@ def evaluate_inequality(
         sides = both_sides(model, x, recording, cotangents, parameters, rng)
         settings = NormSettings(norm, method, delta, rtol, slack, memory_budget)
         with recording.gate.towards_inputs():
-            layers, excluded = layers_in_sum(model, recording, sides, parameters)
-            norms = layer_norms(layers, jacobian_operators(recording, layers), settings)
+            chain = None if recording.is_hooked else chain_of(recording)
+            layers, excluded = layers_in_sum(model, recording, sides, parameters, chain)
+            norms = layer_norms(layers, jacobian_operators(recording, layers, chain), settings)
         return _assemble(layers, excluded, norms, sides, settings, name)
 
 
@@ -123,11 +125,13 @@ def _assemble(
     settings: NormSettings,
     of: str,
 ) -> InequalityReport:
-    terms = [_layer_terms(layer, found, sides, settings) for layer, found in zip(layers, norms, strict=True)]
+    sizes = [row_sq_norm(widest_float(layer.call.input.detach())) for layer in layers]
+    each = list(zip(layers, norms, sizes, strict=True))
+    terms = [_layer_terms(layer, found, size, sides, settings) for layer, found, size in each]
     zeros = torch.zeros_like(sides.input_sq_norm)
-    pairs = list(zip(layers, norms, strict=True))
-    lhs_lower = sides.input_sq_norm * sum([_coefficient(layer, n.denominator.upper) for layer, n in pairs], zeros)
-    lhs_upper = sides.input_sq_norm * sum([_coefficient(layer, n.denominator.lower) for layer, n in pairs], zeros)
+    lowest = [_coefficient(layer, found.denominator.upper, size) for layer, found, size in each]
+    lhs_lower = sides.input_sq_norm * sum(lowest, zeros)
+    lhs_upper = sides.input_sq_norm * sum([term.coefficient for term in terms], zeros)
     allowance = torch.finfo(layers[0].weight.dtype).eps ** 0.5 if layers else 0.0
     return InequalityReport(
         lhs=lhs_upper,  # Ritz values are accurate to many more digits than the bracket is narrow
@@ -146,8 +150,9 @@ def _assemble(
     )
 
 
-def _layer_terms(layer: CutLayer, norms: LayerNorms, sides: Sides, settings: NormSettings) -> LayerTerms:
-    h_sq_norm = row_sq_norm(widest_float(layer.call.input.detach()))
+def _layer_terms(
+    layer: CutLayer, norms: LayerNorms, h_sq_norm: Tensor, sides: Sides, settings: NormSettings
+) -> LayerTerms:
     inverse = divide_or_zero(torch.ones_like(h_sq_norm), norms.denominator.lower**2)
     product = None if norms.product is None else norms.product.lower
     slack_product = slack_alignment = None
@@ -161,7 +166,7 @@ def _layer_terms(layer: CutLayer, norms: LayerNorms, sides: Sides, settings: Nor
         weight_rhs=layer.delta_sq_norms * h_sq_norm if layer.counts_weight else None,
         bias_lhs=sides.input_sq_norm * inverse if layer.counts_bias else None,
         bias_rhs=layer.delta_sq_norms if layer.counts_bias else None,
-        coefficient=_coefficient(layer, norms.denominator.lower),
+        coefficient=_coefficient(layer, norms.denominator.lower, h_sq_norm),
         input_sq_norm=h_sq_norm,
         weight_norm=None if norms.weight is None else norms.weight.lower,
         jacobian_norm=None if norms.jacobian is None else norms.jacobian.lower,
@@ -172,9 +177,8 @@ def _layer_terms(layer: CutLayer, norms: LayerNorms, sides: Sides, settings: Nor
     )
 
 
-def _coefficient(layer: CutLayer, denominator: Tensor) -> Tensor:
+def _coefficient(layer: CutLayer, denominator: Tensor, h_sq_norm: Tensor) -> Tensor:
     """(1 + ‖h‖²)/(‖W‖²‖J‖²) with the terms that count; 0 for a dead layer: (B,)."""
-    h_sq_norm = row_sq_norm(widest_float(layer.call.input.detach()))
     counted = h_sq_norm * layer.counts_weight + float(layer.counts_bias)
     return divide_or_zero(counted, denominator**2)
 

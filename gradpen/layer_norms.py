@@ -12,8 +12,8 @@ from torch import Tensor
 
 from gradpen import jacobians, spectral
 from gradpen._numerics import widest_float
-from gradpen.chain_terms import chain_of
 from gradpen.cut_layers import CutLayer
+from gradpen.dense_chain import DenseChain
 from gradpen.recording import Recording
 from gradpen.spectral import Bracket
 
@@ -43,14 +43,15 @@ class LayerNorms:
     product: Bracket | None  # ‖W J‖
 
 
-def jacobian_operators(recording: Recording, layers: Sequence[CutLayer]) -> list[jacobians.JacobianOperator]:
+def jacobian_operators(
+    recording: Recording, layers: Sequence[CutLayer], chain: DenseChain | None = None
+) -> list[jacobians.JacobianOperator]:
     """J_t for every layer in the sum; a chain of dense layers and elementwise activations is multiplied out.
 
-    If the graph does not show it to be one, the whole chain is tried at once, and if something in it is none, link by link.
+    If the graph did not show it to be one, the whole chain is tried at once, and if something in it is none, link by link.
     """
     if not layers:
         return []
-    chain = chain_of(recording)
     if chain is not None:
         by_weight = dict(zip(map(id, chain.weights), jacobians.chain_jacobians(chain), strict=True))
         if all(id(layer.call.weight) in by_weight for layer in layers):

@@ -74,9 +74,9 @@ def lanczos_bracket(
     """Largest singular value of J_b for every b, from products with A_b = J_b J_bᵀ.
 
     The plain three-term recurrence: no basis is kept, and copies of converged Ritz values do no harm to the largest one.
-    The host looks at the device for the dimension of the start, and after 8, 10, …, 24, 27, 30, 33, 37, … steps for which
-    samples are narrow enough; nothing else in the iteration waits. A sample's bracket is that of the first look at which it
-    was narrow enough, so it does not depend on the samples beside it.
+    The host looks at the device for the dimension of the start, and after 10, 12, …, 18, 21, 24, 28, 32, 37, … steps for
+    which samples are narrow enough; nothing else in the iteration waits. A sample's bracket is that of the first look at
+    which it was narrow enough, so it does not depend on the samples beside it.
 
     Args:
         gram: (B, n) → (B, n), row b multiplied by A_b.
@@ -121,12 +121,12 @@ def lanczos_bracket(
             present = kept if isinstance(present, slice) else present[kept]
             q, before, beta, size = (tensor[kept] for tensor in (q, before, beta, size))
             gram = restrict(present)
-        next_look = step + max(step // 8, 2)
+        next_look = step + max(step // 6, 2)
     recurrence = _Recurrence.of(alphas[:step], betas[:step], steps)
     return _bracket_of_recurrence(recurrence, recurrence.ritz_between(lowest, rtol), log_weight)
 
 
-_FIRST_LOOK = 8
+_FIRST_LOOK = 10
 _WORTH_LEAVING = 1 / 8  # a smaller part of the batch is not worth the copies
 
 
@@ -151,6 +151,11 @@ def _lanczos_step(
     return w, alpha, beta.masked_fill(exhausted, 0.0), size
 
 
+# In eps: rounding makes up a good part of a shorter vector, so that it is not orthogonal to those before it, and the largest
+# Ritz value may exceed the eigenvalue by as much as the vector is long
+_ROUNDING = 512
+
+
 def _log_smallest_weight(dimension: Tensor, delta: float | Tensor) -> Tensor:
     """log t with P(⟨q, v⟩² <= t) <= δ for q uniform on the sphere in n dimensions: t = (δ B(1/2, (n−1)/2) / 2)²."""
     half = (widest_float(dimension) - 1).clamp(min=1) / 2
@@ -167,7 +172,8 @@ class _Recurrence(NamedTuple):
     counts: Tensor | None  # (k, 1, B) bool; None if all do
     scale: Tensor  # (B,): Gershgorin's bound
     eps: float
-    slack: Tensor | float  # (B,): allowance for rounding, relative to an eigenvalue
+    slack: Tensor  # (B,) or 0-dim: allowance for rounding, relative to an eigenvalue
+    lower_slack: Tensor  # (B,): the same for the lower end
 
     @classmethod
     def of(cls, alphas: Tensor, betas: Tensor, steps: Tensor | None = None) -> _Recurrence:
@@ -178,12 +184,15 @@ class _Recurrence(NamedTuple):
         sizes[1:] += betas[:-1]
         scale = sizes.amax(0)
         inverse = divide_or_zero(torch.ones_like(scale), scale)
-        alphas, betas = (alphas * inverse).unsqueeze(1), (betas * inverse).clamp(min=eps).unsqueeze(1)
-        if steps is None:
-            return cls(alphas, betas, None, scale, eps, eps * max(4 * len(alphas) ** 0.5, len(alphas)))
-        numbers = torch.arange(len(alphas), device=alphas.device).unsqueeze(1)
-        slack = eps * torch.maximum(4 * widest_float(steps).sqrt(), widest_float(steps))
-        return cls(alphas, betas, (numbers < steps).unsqueeze(1), scale, eps, slack)
+        number = scale.new_full((), len(alphas)) if steps is None else widest_float(steps)
+        counts = None
+        if steps is not None:
+            counts = (torch.arange(len(alphas), device=alphas.device).unsqueeze(1) < steps).unsqueeze(1)
+        slack = eps * torch.maximum(8 * number.sqrt(), number)
+        alphas, betas = (alphas * inverse).unsqueeze(1), (betas * inverse).unsqueeze(1)
+        short = (betas < _ROUNDING * eps) if counts is None else (betas < _ROUNDING * eps) & counts
+        lower_slack = slack + (betas * short).amax((0, 1))
+        return cls(alphas, betas.clamp(min=eps), counts, scale, eps, slack, lower_slack)
 
     def _counted(self, rows: Tensor, otherwise: float) -> Tensor:
         """Rows for every coefficient, with another number where it does not count."""
@@ -243,7 +252,9 @@ class _Recurrence(NamedTuple):
 
     def is_narrow(self, lowest: Tensor, log_weight: Tensor, rtol: float) -> Tensor:
         """Whether the bracket is no wider than `rtol` if θ reaches `lowest`, not divided by `scale`: (B,) bool."""
-        target = divide_or_zero(lowest, self.scale) * (1 - self.slack) / (1 + self.slack) / (1 - min(rtol, 0.99)) ** 2
+        target = (
+            divide_or_zero(lowest, self.scale) * (1 - self.lower_slack) / (1 + self.slack) / (1 - min(rtol, 0.99)) ** 2
+        )
         log_k = self.log_christoffel(target.unsqueeze(0)).squeeze(0)
         return (log_k >= -log_weight) | (self.scale == 0)
 
@@ -278,10 +289,10 @@ def _continue_fractions(numerators: Any, betas: Any) -> None:
 
 def _bracket_of_recurrence(recurrence: _Recurrence, between: tuple[Tensor, Tensor], log_weight: Tensor) -> Bracket:
     """From the coefficients to the bracket of the largest singular value, √ of that of the eigenvalue: (B,)."""
-    ritz, slack = recurrence.ritz(*between), recurrence.slack
+    ritz = recurrence.ritz(*between)
     upper = ritz * (1 + _christoffel_root(recurrence, ritz, log_weight).exp())
-    ends = (ritz * (1 - slack) * recurrence.scale, upper * (1 + slack) * recurrence.scale)
-    return Bracket(ends[0].sqrt(), ends[1].sqrt())
+    lower, upper = ritz * (1 - recurrence.lower_slack), upper * (1 + recurrence.slack)
+    return Bracket((lower * recurrence.scale).sqrt(), (upper * recurrence.scale).sqrt())
 
 
 def _christoffel_root(recurrence: _Recurrence, ritz: Tensor, log_weight: Tensor) -> Tensor:
