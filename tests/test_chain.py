@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradpen import InputGradPenalty, ParamGradPenalty, PenalizedLoss, chain_terms, evaluation
 from gradpen.functional import input_grad_sq_norm, param_grad_sq_norm
@@ -201,6 +202,136 @@ def test_other_criteria(name, criterion, looked, monkeypatch):
     by_autograd(monkeypatch)
     for a, b in zip(by_formulas, everything(model, x, y, PENALTIES[name](), criterion), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+# ---- few samples, wide layers: products between samples ------------------------------------------------------------
+
+
+def wide(activation: Callable[[], nn.Module] = nn.Tanh, bias: bool = True) -> nn.Sequential:
+    """The layers' weights are larger than anything that four samples have to do with each other."""
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(6, 40, bias=bias),
+        activation(),
+        nn.Dropout(0.2),
+        nn.Linear(40, 30),
+        nn.ReLU(),
+        nn.Identity(),
+        nn.Linear(30, 3),
+    ).double()
+
+
+class Products(TorchDispatchMode):
+    """How many products of shape (B, B) there are for four samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.between_samples = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        self.between_samples += func is torch.ops.aten.mm.default and found.shape == (4, 4)
+        return found
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh", "gelu"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("name", ["batch", "three", "biases", "measured", "forward difference", "differences"])
+def test_products_between_samples(name, bias, activation, looked, monkeypatch):
+    (x, y), model = batch(), wide(ACTIVATIONS[activation], bias)
+    with Products() as products:
+        by_formulas = everything(model, x, y, PENALTIES[name]())
+    assert products.between_samples > 0 or name == "biases"
+    assert all(looked.found)
+    by_autograd(monkeypatch)
+    for a, b in zip(by_formulas, everything(model, x, y, PENALTIES[name]()), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_products_between_samples_in_float32():
+    (x, y), model = batch(), wide().eval()
+    single = copy.deepcopy(model).float()
+    for over in ("batch", "sample"):
+        found = param_grad_sq_norm(single, x.float(), y, over=over, create_graph=False)
+        torch.testing.assert_close(found.double(), param_grad_sq_norm(model, x, y, over=over), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("share", [1e-2, 1e-5])
+def test_gradients_that_cancel(share):
+    """Two samples with nearly opposite gradients: products between them would leave no digit of what remains."""
+    model = nn.Sequential(nn.Linear(50, 40), nn.Tanh(), nn.Linear(40, 2)).double()
+    x = torch.randn(1, 50, dtype=torch.float64).expand(2, 50).contiguous()
+    criterion = lambda output, target: output[:, 0] * target  # noqa: E731
+    y = torch.tensor([1.0, share - 1.0], dtype=torch.float64)
+    exact = param_grad_sq_norm(model, x, y, over="batch", criterion=criterion).item()
+    found = param_grad_sq_norm(
+        model.float(), x.float(), y.float(), over="batch", criterion=criterion, create_graph=False
+    )
+    assert found.item() == pytest.approx(exact, rel=1e-3 if share == 1e-2 else 0.05)
+
+
+# ---- the data loss --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_data_loss_is_the_criterion_s(reduction):
+    (x, y), model = batch(5), layers()
+    y[1] = -100
+    criterion = nn.CrossEntropyLoss(reduction=reduction)
+    out = PenalizedLoss(criterion, InputGradPenalty(0.1))(model, x, y)
+    expected = criterion(model(x), y)
+    assert torch.equal(out.data_loss, expected)
+    for a, b in zip(grads(out.data_loss, model, retain_graph=True), grads(expected, model), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+    found = second_derivatives(out.data_loss, model)
+    for a, b in zip(found, second_derivatives(criterion(model(x), y), model), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_nothing_but_ignored_targets_leaves_no_gradient_of_the_data_loss():
+    (x, _), model = batch(), layers()
+    out = PenalizedLoss(F.cross_entropy, InputGradPenalty(0.1))(model, x, torch.full((4,), -100))
+    assert out.data_loss.isnan()
+    assert all(gradient.eq(0).all() for gradient in grads(out.data_loss, model))
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_full_backward_hook"])
+def test_hooks_on_the_criterion_run(register):
+    (x, y), model, criterion = batch(), layers(), nn.CrossEntropyLoss()
+    ran = []
+    getattr(criterion, register)(lambda *_: ran.append(True))
+    PenalizedLoss(criterion, InputGradPenalty(0.1))(model, x, y).loss.backward()
+    assert ran
+
+
+def test_another_reduction_after_the_objective_was_made():
+    (x, y), model, criterion = batch(), layers(), nn.CrossEntropyLoss()
+    objective = PenalizedLoss(criterion, InputGradPenalty(0.1))
+    criterion.reduction = "sum"
+    assert torch.equal(objective(model, x, y).data_loss, criterion(model(x), y))
+
+
+@pytest.mark.parametrize("name", ["measured", "forward difference"])
+def test_more_losses_on_the_output_of_a_known_gradient(name, monkeypatch):
+    (x, y), model = batch(), layers()
+
+    def compute() -> list[Tensor]:
+        out = PenalizedLoss(F.cross_entropy, *PENALTIES[name]())(model, x, y)
+        return [
+            *grads(out.output.square().sum(), model, retain_graph=True),
+            *second_derivatives(out.output.square().sum(), model),
+            *grads(out.loss + out.output.square().sum(), model),
+        ]
+
+    same_as_by_autograd(monkeypatch, compute)
+
+
+def test_a_difference_where_the_gradient_is_0():
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    penalty = ParamGradPenalty(over="batch", method="finite_difference", squared=False)
+    out = PenalizedLoss(F.cross_entropy, penalty)(model, torch.randn(2, 3), torch.full((2,), -100))
+    assert out.penalties["param"] == 0
+    assert all(gradient.eq(0).all() for gradient in grads(out.penalties["param"], model))
 
 
 @pytest.mark.parametrize("name", ["both", "batch", "measured", "forward difference"])

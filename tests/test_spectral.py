@@ -46,6 +46,15 @@ def test_dense_brackets(shape, dtype):
     torch.testing.assert_close(bracket.upper, exact, rtol=1e-4 if dtype == torch.float32 else 1e-13, atol=0)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_a_second_vector_that_is_mostly_rounding(seed):
+    """The start is nearly an eigenvector; what the Ritz value then exceeds the eigenvalue by is allowed for."""
+    torch.manual_seed(seed)
+    gram, start = diagonal(SPECTRA["two_values"], batch=500)
+    bracket = lanczos_bracket(gram, start.float(), delta=1e-6)
+    assert contains(bracket, SPECTRA["two_values"].double().max(), 2e-6)
+
+
 WITHIN_FLOAT32 = [name for name in SPECTRA if name not in {"tiny", "huge"}]  # the squares of these are not
 
 
