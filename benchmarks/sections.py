@@ -85,7 +85,7 @@ def penalty_row(job: Job, setting: Setting, advance: Advance) -> Results:
         error = errors[contender.name]
         entry |= {"reason": error} if isinstance(error, str) else {**_numbers(timings[contender.name]), "error": error}
         entries.append(entry)
-    return {"rows": [_row(job.key, job.title, floors(setting.widths)[job.floor], job.target, entries)]}
+    return {"rows": [_row(job.key, job.title, floors(setting.widths, setting.batch_size)[job.floor], job.target, entries)]}
 
 
 def spectral_rows(setting: Setting, advance: Advance) -> Results:
@@ -216,7 +216,7 @@ def growth_section(setting: Setting, advance: Advance) -> Results:
 def breakdown_section(setting: Setting, advance: Advance) -> Results:
     """What of each step's time its matrix products take, and all its kernels; the rest is Python's and autograd's."""
     plain = setting.work.copied()
-    floor_of = floors(setting.widths)
+    floor_of = floors(setting.widths, setting.batch_size)
     steps: list[tuple[str, float | None, Callable[[], object]]] = [("plain step", 1.0, lambda: plain_step(plain))]
     for job in jobs():
         ours = next(contender for contender in job.contenders if contender.who == "gradpen")

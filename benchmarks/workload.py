@@ -98,17 +98,22 @@ def trained(workload: Workload, images: ImageSet, batch_size: int = 128) -> Work
     return workload
 
 
-def floors(widths: Sequence[int]) -> dict[str, float]:
+def floors(widths: Sequence[int], batch_size: int) -> dict[str, float]:
     """Multiplications of each kind of step in units of a plain one (docs/mathematics.md, "What the penalties cost")."""
-    products = [fan_in * fan_out for fan_in, fan_out in pairwise(widths)]
+    layers = list(pairwise(widths))
+    products = [fan_in * fan_out for fan_in, fan_out in layers]
     whole, first = sum(products), products[0]
     plain = 3 * whole - first
+    between_samples = [batch_size * (fan_in + fan_out) for fan_in, fan_out in layers]
+    batch_norm = [
+        min(3 * product, 2 * between) for product, between in zip(products[1:], between_samples[1:], strict=True)
+    ]
     steps = {
         "input": 6 * whole - first,
         "param": 6 * whole - 4 * first,
         "both": 6 * whole - first,
-        "batch": 9 * whole - 5 * first,
-        "difference": 2 * plain,
+        "batch": 6 * whole - 4 * first + min(2 * first, between_samples[0]) + sum(batch_norm),
+        "difference": 2 * plain - first + min(first, between_samples[0]),
         "norms": 2 * whole - first,
         "norms_and_step": plain,
         "projection": 6 * whole - first,

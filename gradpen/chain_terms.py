@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gradpen import mixing
 from gradpen._graph import check_derivable_twice, walk_graph
+from gradpen._numerics import sum_tensors
 from gradpen.chain_mean import Difference, with_known_gradient
 from gradpen.chain_norms import DataLoss, Measured, NormOf, deltas_of, differentiable, output_with_graph, sq_norms
 from gradpen.cotangents import Constant, OfCrossEntropy, OfScalar, cotangent_of
@@ -133,7 +134,7 @@ def _by_formulas(
             values |= zip(places, next(remaining), strict=True)
         else:
             estimates = [estimate for (estimate,) in islice(remaining, projection.num_projections)]
-            values[places[0]] = torch.stack(estimates).mean(0)
+            values[places[0]] = sum_tensors(estimates) / len(estimates) if len(estimates) > 1 else estimates[0]
     return Found(output, [GroupNorms(values[place]) for place in range(len(requests))], data_loss)
 
 
