@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 
 def check_weight(weight: float | Callable[[int], float]) -> None:
@@ -75,7 +76,7 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def is_changed(module: Any) -> bool:
-    """Whether anything is done when a module is called beside the forward of its class."""
+    """Whether anything is done when a module is called beside the forward of its class, hooks on all modules left aside."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -84,6 +85,19 @@ def is_changed(module: Any) -> bool:
         or "forward" in vars(module)
         or module._compiled_call_impl is not None
     )
+
+
+def has_global_hooks() -> bool:
+    """Whether there are hooks on all modules."""
+    return any(_GLOBAL_HOOKS)
+
+
+_GLOBAL_HOOKS = (
+    torch_module._global_forward_hooks,
+    torch_module._global_forward_pre_hooks,
+    torch_module._global_backward_hooks,
+    torch_module._global_backward_pre_hooks,
+)
 
 
 def check_not_static(model: nn.Module) -> None:

@@ -19,6 +19,7 @@ from gradpen.chain_norms import (
     DataLoss,
     Deltas,
     NormOf,
+    as_own,
     deltas_of,
     mean_gradients,
     mean_product,
@@ -84,7 +85,7 @@ def with_known_gradient(
     output, value, *roots = _WithKnownGradient.apply(
         chain, data_loss.value, data_loss.multiple, gradients, norms, here, displaced, *chain.leaves
     )
-    return chain.output if output is None else output, value, roots
+    return chain.output if output is None else as_own(output), as_own(value), list(roots)
 
 
 class _Displaced(NamedTuple):
@@ -113,10 +114,11 @@ def _counted(gradients: Gradients, norm_of: NormOf) -> list[Tensor]:
 
 
 def _reciprocal_or_zero(norm: Tensor) -> float | Tensor:
+    """1/‖·‖, and 0 where nothing is left of it but a number too small to have one."""
     known = number_if_at_hand(norm)
     if isinstance(known, Tensor):
         return divide_or_zero(torch.ones_like(norm), norm)
-    return 1 / known if known != 0 else 0.0
+    return 0.0 if known < torch.finfo(norm.dtype).tiny else 1 / known
 
 
 def _of_first(chain: DenseChain, deltas: Deltas, gradients: Gradients, norm_of: NormOf) -> Tensor | None:
@@ -157,7 +159,7 @@ def _plus(tensor: Tensor, gradient: Tensor, scale: float | Tensor) -> Tensor:
 
 
 class _WithKnownGradient(torch.autograd.Function):
-    """Leaves → output, unless it has a graph, a multiple of the mean, and norms of the gradient of the mean."""
+    """Leaves → output (None if the chain's has a graph of its own), data loss, and norms of the gradient of the mean."""
 
     @staticmethod
     def forward(
@@ -182,7 +184,7 @@ class _WithKnownGradient(torch.autograd.Function):
         if output is not None:
             rows += chain.rows
         save_rows(ctx, rows)
-        return output, value, *[norm.clone() for norm in norms]
+        return output, value.clone(), *[norm.clone() for norm in norms]
 
     @staticmethod
     def backward(

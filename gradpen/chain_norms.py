@@ -101,24 +101,13 @@ def _factors(chain: DenseChain, deltas: Deltas, norm: NormOf) -> tuple[Row, ...]
         sizes, squares = _sizes_and_squares(chain, deltas, norm)
         return (sizes,), (squares,)
     if norm.what == "batch":
-        which = zip(norm.weights, norm.biases, strict=True)
-        each = list(zip(deltas.at, chain.hidden, which, strict=True))
-        by_products = [counts and _by_products(delta, h, t) for t, (delta, h, (counts, _)) in enumerate(each)]
-        return (
-            tuple(
-                [
-                    mean_product(delta, h) if counts and not without else None
-                    for (delta, h, (counts, _)), without in zip(each, by_products, strict=True)
-                ]
-            ),
-            tuple([_mean_row(delta) if counts else None for delta, _, (_, counts) in each]),
-            tuple(
-                [
-                    mean_product(h @ h.t(), delta) if without else None
-                    for (delta, h, _), without in zip(each, by_products, strict=True)
-                ]
-            ),
-        )
+        weights, biases, products = [], [], []
+        for t, (delta, h) in enumerate(zip(deltas.at, chain.hidden, strict=True)):
+            by_products = norm.weights[t] and _by_products(delta, h, t)
+            weights.append(mean_product(delta, h) if norm.weights[t] and not by_products else None)
+            biases.append(_mean_row(delta) if norm.biases[t] else None)
+            products.append(mean_product(h @ h.t(), delta) if by_products else None)
+        return tuple(weights), tuple(biases), tuple(products)
     return ()
 
 
@@ -128,7 +117,7 @@ _NUMBER_OF_FACTORS = {"input": 0, "sample": 2, "batch": 3}
 def _by_products(delta: Tensor, h: Tensor, t: int) -> bool:
     """Whether products between samples, h_i · h_j and δ_i · δ_j, cost less than those with G_t and G_t itself.
 
-    Values may cancel in them, of which the host has to be told (`_batch_sq_norm`), so it must not wait for a device.
+    Values may cancel in them, and the host has to look whether they do (`_batch_sq_norm`): so it must not wait for a device.
     """
     if torch.is_grad_enabled() or not is_at_hand(delta):
         return False
@@ -140,8 +129,19 @@ def _by_products(delta: Tensor, h: Tensor, t: int) -> bool:
 def _sizes_and_squares(chain: DenseChain, deltas: Deltas, norm: NormOf) -> tuple[Tensor, Tensor]:
     """1 + ‖h_t‖², or what of it belongs to a weight or a bias that counts, and ‖δ_t‖²: (n, B)."""
     if torch.is_grad_enabled():
-        sizes = torch.stack([row_sq_norm(h) * counts for h, counts in zip(chain.hidden, norm.weights, strict=True)])
-        squares = torch.stack([row_sq_norm(delta) for delta in deltas.at])
+        sizes = torch.stack(
+            [
+                row_sq_norm(h) if counts else h.new_zeros(h.shape[0])
+                for h, counts in zip(chain.hidden, norm.weights, strict=True)
+            ]
+        )
+        counted = [weight or bias for weight, bias in zip(norm.weights, norm.biases, strict=True)]
+        squares = torch.stack(
+            [
+                row_sq_norm(delta) if counts else delta.new_zeros(delta.shape[0])
+                for delta, counts in zip(deltas.at, counted, strict=True)
+            ]
+        )
         return sizes + torch.tensor(norm.biases, device=sizes.device).unsqueeze(1), squares
     sizes, squares = deltas.at[0].new_zeros(2, len(deltas.at), deltas.at[0].shape[0])
     for t, (delta, h, weight, bias) in enumerate(zip(deltas.at, chain.hidden, norm.weights, norm.biases, strict=True)):
@@ -252,7 +252,13 @@ def differentiable(
     """The output, for each f its squared norms, and the data loss if there is one: one node of the graph."""
     output, value, *found = _Chain.apply(chain, measured, data_loss, *chain.leaves)
     remaining = iter(found)
+    output, value = as_own(output), None if value is None else as_own(value)
     return Differentiable(output, value, [list(islice(remaining, len(norms))) for _, norms in measured])
+
+
+def as_own(output: Tensor) -> Tensor:
+    """An output of a node that has several, as a tensor whose hooks run only if there is a gradient for it."""
+    return output.view_as(output)
 
 
 def pulled_to_parameters(chain: DenseChain, delta: Tensor) -> list[Tensor]:
@@ -428,22 +434,26 @@ def _through_batch_norm(
     delta: Tensor,
     h: Tensor,
     scale: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    weight_gradient: Tensor | None,
+    bias_gradient: Tensor | None,
     product: Tensor | None,
     *,
     with_h: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Cotangents of δ_t, added to what there is, and of h_t from that of ‖Σ_i δ_i h_iᵀ/B‖² + ‖Σ_i δ_i/B‖², 2/B times it."""
-    if weight is None and product is None:
-        return _add(of_delta, None if bias is None else bias * scale.expand(len(delta), 1)), None
+    """Cotangents of δ_t, added to what there is, and of h_t from that of ‖G_t‖² + ‖g_t‖², which is `scale` · B/2.
+
+    Either G_t is given or the product h_t G_tᵀ, or neither if W_t does not count.
+    """
+    if weight_gradient is None and product is None:
+        return _add(of_delta, None if bias_gradient is None else bias_gradient * scale.expand(len(delta), 1)), None
     if product is not None:
-        to_delta = product if bias is None else product + bias
+        to_delta = product if bias_gradient is None else product + bias_gradient
         to_h = mean_product(delta @ delta.t(), h) if with_h else None
     else:
-        assert weight is not None
-        to_delta = h @ weight.t() if bias is None else torch.addmm(bias, h, weight.t())
-        to_h = delta @ weight if with_h else None
+        assert weight_gradient is not None
+        transposed = weight_gradient.t()
+        to_delta = h @ transposed if bias_gradient is None else torch.addmm(bias_gradient, h, transposed)
+        to_h = delta @ weight_gradient if with_h else None
     return _add_scaled(of_delta, to_delta, scale), None if to_h is None else to_h * scale
 
 

@@ -50,6 +50,7 @@ class Criterion:
             and (source.weight, source.label_smoothing, source.ignore_index) == (None, 0.0, IGNORED)
             and source.reduction == self.reduction
             and not _checks.is_changed(source)
+            and not _checks.has_global_hooks()
         )
 
     def over_mean(self, data_loss: Tensor, mean: Tensor, batch_size: int, target: Any) -> float | Tensor:

@@ -198,12 +198,12 @@ def evaluate_terms(
     rng = RngState.capture(torch_alone=others is None or not others.to_be_read())
     buffers = copied_buffers(model) if displaced else None
     versions = _versions(x)
+    perhaps_chain &= not any(tensor.requires_grad for tensor in tensors_of(x))  # nobody wants derivatives in x
     calls = perhaps_chain or any(needs_deltas(term) for term in kinds)
-    wants_input = any(tensor.requires_grad for tensor in tensors_of(x))  # somebody wants derivatives in x
     recording = record_forward(model, x, input_grad=input_grad, calls=calls)
     if others is not None:
         others.moved = others.moved or rng.others_moved()
-    chain = chain_terms.chain_of(recording) if perhaps_chain and not (wants_input or recording.is_hooked) else None
+    chain = chain_terms.chain_of(recording) if perhaps_chain and not recording.is_hooked else None
     if chain is not None:
         after = RngState.capture(torch_alone=True)
         evaluation = by_formulas(chain)
@@ -380,22 +380,20 @@ def _input_norms(forward: _Pass, scalar: _ScalarGradients, term: InputTerm) -> G
         if scalar.create_graph:
             check_derivable_twice(scalar.walk, recording.inputs)
         scalar.find_mixed_calls()
-        sq_norms = gradients.input_sq_norm(scalar.gradients.inputs)
-    else:
-        mixing.check_inputs_unmixed(forward.model, scalar.f, scalar.function, recording, scalar.walk)
-        norms = finite_difference.input_norm(
-            forward.model,
-            forward.x,
-            scalar.f,
-            scalar.function,
-            recording.inputs,
-            scheme=term.scheme,
-            step=term.step,
-            replay=forward.rng.replayed,
-            buffers=forward.buffers,
-        )
-        return GroupNorms(norms, are_squared=False)
-    return GroupNorms(sq_norms)
+        return GroupNorms(gradients.input_sq_norm(scalar.gradients.inputs))
+    mixing.check_inputs_unmixed(forward.model, scalar.f, scalar.function, recording, scalar.walk)
+    norms = finite_difference.input_norm(
+        forward.model,
+        forward.x,
+        scalar.f,
+        scalar.function,
+        recording.inputs,
+        scheme=term.scheme,
+        step=term.step,
+        replay=forward.rng.replayed,
+        buffers=forward.buffers,
+    )
+    return GroupNorms(norms, are_squared=False)
 
 
 def _jacobian_sq_norm(model: nn.Module, recording: Recording, term: InputTerm, create_graph: bool = True) -> Tensor:

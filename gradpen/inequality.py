@@ -43,9 +43,10 @@ def evaluate_inequality(
 
     .. math:: \|\nabla_x f\|^2 \sum_t \frac{1 + \|h_t\|^2}{\|W_t\|^2 \|\nabla_x h_t\|^2} \le \|\nabla_\theta f\|^2
 
-    A dense layer t is in the sum if all of x's influence on f passes through it, once: checked on the data at hand by
-    :math:`\nabla_x f = (W_t J_t)^\top \delta_t`. The model is evaluated in the mode it is in and left without a trace:
-    flags, buffers, ``.grad``, hooks and random streams are as before.
+    A dense layer t is in the sum if all of x's influence on f passes through it, once. In a chain of dense layers and
+    elementwise functions all are; elsewhere :math:`\nabla_x f = (W_t J_t)^\top \delta_t` is checked on the data at hand. The
+    model is evaluated in the mode it is in and left without a trace: flags, buffers, ``.grad``, hooks and random streams are
+    as before.
 
     Args:
         model: maps x of shape (B, …) to a tensor of shape (B, …); float32 or float64. Compiled modules are evaluated

@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
-from gradpen._checks import is_changed
+from gradpen._checks import has_global_hooks, is_changed
 from gradpen.dense_chain import KINDS, DenseChain, Elementwise, are_layers, is_ordinary_call
 
 # how a module's function is called in the graph, and its other arguments
@@ -42,7 +41,7 @@ class _Between(NamedTuple):
 
     @property
     def is_nothing(self) -> bool:
-        return self.function.kind is None and self.dropout == 0
+        return self == _NOTHING
 
 
 def run_chain(model: nn.Module, x: Any, *, keep_first: bool = False) -> DenseChain | None:
@@ -59,7 +58,7 @@ def run_chain(model: nn.Module, x: Any, *, keep_first: bool = False) -> DenseCha
     is_plain = type(x) is Tensor and x.layout == torch.strided and not x.requires_grad and not x.is_inference()
     if not is_plain or x.dim() < 2:
         return None
-    if not is_ordinary_call(x.device) or any(_GLOBAL_HOOKS):
+    if not is_ordinary_call(x.device) or has_global_hooks():
         return None
     plan = _plan(model, is_flat=x.dim() == 2)
     if plan is None:
@@ -69,14 +68,6 @@ def run_chain(model: nn.Module, x: Any, *, keep_first: bool = False) -> DenseCha
         return None
     with torch.no_grad():
         return _run(x if x.dim() == 2 else x.flatten(1), weights, biases, between, keep_first)
-
-
-_GLOBAL_HOOKS = (
-    torch_module._global_forward_hooks,
-    torch_module._global_forward_pre_hooks,
-    torch_module._global_backward_hooks,
-    torch_module._global_backward_pre_hooks,
-)
 
 
 def _plan(model: nn.Module, *, is_flat: bool) -> tuple[list[Tensor], list[Tensor | None], list[_Between]] | None:
@@ -94,10 +85,13 @@ def _plan(model: nn.Module, *, is_flat: bool) -> tuple[list[Tensor], list[Tensor
         if kind is nn.Sequential:
             pending += reversed(module._modules.values())
         elif kind is nn.Linear:
+            weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
+            if weight is None or not vars(module).keys().isdisjoint(("weight", "bias")):
+                return None  # somebody has put other tensors in their place
             if weights:
                 between.append(behind)
-            weights.append(module.weight)
-            biases.append(module.bias)
+            weights.append(weight)
+            biases.append(bias)
             behind = _NOTHING
         elif kind is nn.Flatten and not weights and (module.start_dim, module.end_dim) == (1, -1):
             is_flat = True

@@ -74,9 +74,9 @@ def lanczos_bracket(
     """Largest singular value of J_b for every b, from products with A_b = J_b J_bᵀ.
 
     The plain three-term recurrence: no basis is kept, and copies of converged Ritz values do no harm to the largest one.
-    The host looks at the device for the dimension of the start, and after 10, 12, …, 18, 21, 24, 28, 32, 37, … steps for
-    which samples are narrow enough; nothing else in the iteration waits. A sample's bracket is that of the first look at
-    which it was narrow enough, so it does not depend on the samples beside it.
+    The host looks at the device for the dimension of the start and the size of the first product, and after 10, 12, …, 18,
+    21, 24, 28, 32, 37, … steps for which samples are narrow enough; nothing else in the iteration waits. A sample's bracket
+    is that of the first look at which it was narrow enough, so but for rounding it does not depend on the samples beside it.
 
     Args:
         gram: (B, n) → (B, n), row b multiplied by A_b.
@@ -94,14 +94,17 @@ def lanczos_bracket(
     log_weight = _log_smallest_weight(dimension, delta)
     max_steps = min(max_steps, max(int(dimension.max()), 1))
     alphas, betas = start.new_zeros(2, max_steps, len(start))
-    steps = torch.full_like(dimension, max_steps)
+    steps = dimension.clamp(1, max_steps)  # what lies behind them is rounding
     present: Tensor | slice = slice(None)  # the samples that have not left
     q = divide_or_zero(start, torch.linalg.vector_norm(start, dim=1, keepdim=True))
     before, beta, size = torch.zeros_like(q), q.new_zeros(len(q)), q.new_zeros(len(q))
     lowest = widest_float(torch.zeros_like(beta))  # what the largest Ritz value is known to reach
     next_look = _FIRST_LOOK
+    product = gram(q)
+    factors = unit = _factors_to_unit(product)
     for step in range(1, max_steps + 1):
-        w, alpha, beta, size = _lanczos_step(gram, q, before, beta, size)
+        product = product if step == 1 else gram(q)
+        w, alpha, beta, size = _lanczos_step(product if unit is None else product * unit, q, before, beta, size)
         alphas[step - 1, present], betas[step - 1, present] = alpha, beta
         before, q = q, w
         if step < next_look or step == max_steps:
@@ -120,10 +123,14 @@ def lanczos_bracket(
             kept = finished.logical_not().nonzero().squeeze(1)
             present = kept if isinstance(present, slice) else present[kept]
             q, before, beta, size = (tensor[kept] for tensor in (q, before, beta, size))
-            gram = restrict(present)
+            gram, unit = restrict(present), None if unit is None else unit[kept]
         next_look = step + max(step // 6, 2)
     recurrence = _Recurrence.of(alphas[:step], betas[:step], steps)
-    return _bracket_of_recurrence(recurrence, recurrence.ritz_between(lowest, rtol), log_weight)
+    bracket = _bracket_of_recurrence(recurrence, recurrence.ritz_between(lowest, rtol), log_weight)
+    if factors is None:
+        return bracket
+    root = widest_float(factors.squeeze(1)).sqrt()
+    return Bracket(bracket.lower / root, bracket.upper / root)
 
 
 _FIRST_LOOK = 10
@@ -137,13 +144,19 @@ def normal_start(shape: tuple[int, int], support: Tensor | None, like: Tensor, s
     return start if support is None else start * support
 
 
+def _factors_to_unit(product: Tensor) -> Tensor | None:
+    """Powers of two that bring rows whose squares would under- or overflow to about 1: (B, 1); None if there are none."""
+    largest, info = product.abs().amax(1, keepdim=True), torch.finfo(product.dtype)
+    far = (largest > 0) & ((largest < info.tiny**0.25) | (largest > info.max**0.25))
+    return torch.where(far, torch.exp2(-largest.log2().round()), 1.0) if bool(far.any()) else None
+
+
 def _lanczos_step(
-    gram: MatVec, q: Tensor, before: Tensor, beta: Tensor, size: Tensor
+    product: Tensor, q: Tensor, before: Tensor, beta: Tensor, size: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The next vector, α, β, and the size of the operator as seen so far."""
-    w = gram(q)
-    alpha = torch.linalg.vecdot(q, w)
-    w = torch.addcmul(w, q, alpha.unsqueeze(1), value=-1).addcmul_(before, beta.unsqueeze(1), value=-1)
+    """The next vector, from A q, then α, β, and the size of the operator as seen so far."""
+    alpha = torch.linalg.vecdot(q, product)
+    w = torch.addcmul(product, q, alpha.unsqueeze(1), value=-1).addcmul_(before, beta.unsqueeze(1), value=-1)
     beta = torch.linalg.vector_norm(w, dim=1)
     size = torch.maximum(size, alpha.abs() + beta)
     exhausted = beta <= 4 * torch.finfo(q.dtype).eps * size  # what is left is rounding, and the next vector 0

@@ -152,8 +152,8 @@ def _group_norms(
     group_size = term.group_size(batch_size)
     if term.method == "finite_difference":
         norm = _displaced_param_norm(model, x, term, _scalar(term, criterion, y), f, parameters)
-        sq_norms = norm.square().reshape(1)
-    elif term.over == "batch":
+        return GroupNorms(norm.reshape(1), are_squared=False)
+    if term.over == "batch":
         sq_norms = param_norms.batch_param_sq_norm(f, list(parameters.values()))
     else:
         uses, mapped = plan

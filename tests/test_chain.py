@@ -331,6 +331,66 @@ def test_more_losses_on_the_output_of_a_known_gradient(name, monkeypatch):
     same_as_by_autograd(monkeypatch, compute)
 
 
+@pytest.mark.parametrize("name", ["both", "measured", "forward difference"])
+def test_hooks_on_the_outcome_run_only_if_there_is_a_gradient(name):
+    (x, y), model, seen = batch(), layers(), []
+    out = PenalizedLoss(F.cross_entropy, *PENALTIES[name]())(model, x, y)
+    out.output.register_hook(lambda gradient: seen.append(("output", gradient.shape)))
+    out.data_loss.register_hook(lambda gradient: seen.append(("data loss", gradient.shape)))
+    if name != "measured":
+        sum(out.penalties.values()).backward(retain_graph=True)
+    assert not seen
+    out.loss.backward(retain_graph=True)
+    assert seen == [("data loss", ())]
+    out.output.sum().backward()
+    assert seen[1:] == [("output", (4, 3))]
+
+
+@pytest.mark.parametrize("name", ["both", "measured", "forward difference"])
+def test_the_outcome_can_be_changed_in_place(name):
+    (x, y), model = batch(), layers()
+    out = PenalizedLoss(F.cross_entropy, *PENALTIES[name]())(model, x, y)
+    expected = grads(2 * out.data_loss + 3 * out.output.sum(), model, retain_graph=True)
+    found = grads(out.data_loss.mul_(2) + out.output.mul_(3).sum(), model)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_tensor_in_the_place_of_a_parameter_does_not_count(name, monkeypatch):
+    (x, y), model = batch(), layers()
+    other = getattr(model[4], name).detach().clone().requires_grad_()
+    delattr(model[4], name)
+    setattr(model[4], name, other)
+    same_as_by_autograd(monkeypatch, lambda: [param_grad_sq_norm(model, x, y)])
+
+
+def test_hooks_on_all_modules_run_on_the_criterion():
+    (x, y), model, criterion = batch(), layers(), nn.CrossEntropyLoss()
+    objective = PenalizedLoss(criterion, InputGradPenalty(0.1))
+    plain = objective(model, x, y)
+
+    def doubled(module, args, output):
+        return 2 * output if module is criterion else None
+
+    handle = nn.modules.module.register_module_forward_hook(doubled)
+    try:
+        hooked = objective(model, x, y)
+    finally:
+        handle.remove()
+    torch.testing.assert_close(hooked.data_loss, 2 * plain.data_loss)
+
+
+def test_rows_that_do_not_count_may_overflow():
+    model = nn.Sequential(nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 3))
+    with torch.no_grad():
+        model[0].weight.mul_(1e-20)
+    penalty = ParamGradPenalty(parameters=["*bias"])
+    out = PenalizedLoss(F.cross_entropy, penalty)(model, 1e20 * torch.randn(5, 40), torch.randint(3, (5,)))
+    found = torch.autograd.grad(out.penalties["param"], list(model.parameters()), create_graph=True, allow_unused=True)
+    assert all(gradient.isfinite().all() for gradient in found if gradient is not None)
+
+
 def test_a_difference_where_the_gradient_is_0():
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     penalty = ParamGradPenalty(over="batch", method="finite_difference", squared=False)

@@ -55,6 +55,28 @@ def test_a_second_vector_that_is_mostly_rounding(seed):
     assert contains(bracket, SPECTRA["two_values"].double().max(), 2e-6)
 
 
+@pytest.mark.parametrize("size", [1e-16, 1e-11, 1e-6, 1e8, 1e16])
+@pytest.mark.parametrize("name", ["gap", "uniform", "decaying", "rank_one"])
+def test_squares_out_of_the_range_of_float32(name, size):
+    """Row b is multiplied by J Jᵀ, whose own square would under- or overflow."""
+    squares = torch.stack([SPECTRA[name].double(), size * SPECTRA[name].double(), torch.zeros(N)]).square().float()
+    bracket = lanczos_bracket(lambda u: u * squares, torch.randn(3, N), delta=1e-6)
+    exact = squares.double().amax(1).sqrt()
+    assert contains(bracket, exact, 4e-6)
+    assert (bracket.width <= 0.05).all()
+
+
+def test_a_smaller_support_beside_larger_ones():
+    """What lies behind a sample's own dimension does not count, whoever goes on beside it."""
+    squares = torch.linspace(1, 2, 60, dtype=torch.float64)
+    start = torch.randn(4, 60, dtype=torch.float64)
+    start[:3, 20:] = 0
+    together = lanczos_bracket(lambda u: u * squares, start, delta=1e-6, rtol=1e-4)
+    alone = lanczos_bracket(lambda u: u * squares, start[:3], delta=1e-6, rtol=1e-4)
+    for a, b in zip(together, alone, strict=True):
+        torch.testing.assert_close(a[:3], b, rtol=1e-9, atol=0)
+
+
 WITHIN_FLOAT32 = [name for name in SPECTRA if name not in {"tiny", "huge"}]  # the squares of these are not
 
 
