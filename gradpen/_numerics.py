@@ -47,7 +47,14 @@ def row_sq_norm(tensor: Tensor) -> Tensor:
 
 def is_at_hand(tensor: Tensor) -> bool:
     """Whether the host can look at a tensor's entries without waiting for another device."""
-    return type(tensor) is Tensor and tensor.device.type == "cpu"  # subclasses may have no entries at all
+    if type(tensor) is not Tensor or tensor.device.type != "cpu":  # subclasses may have no entries at all
+        return False
+    return not is_batched(tensor)
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether it stands for several at once: in ``torch.autograd.grad(…, is_grads_batched=True)``."""
+    return bool(torch._C._functorch.is_legacy_batchedtensor(tensor))
 
 
 def number_if_at_hand(scalar: Tensor) -> float | Tensor:

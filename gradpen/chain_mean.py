@@ -23,6 +23,7 @@ from gradpen.chain_norms import (
     deltas_of,
     mean_gradients,
     mean_product,
+    nothing_written_over,
     pulled_to_parameters,
     total_norm,
 )
@@ -199,13 +200,15 @@ class _WithKnownGradient(torch.autograd.Function):
         found = None
         with full_precision(weights[0].device):
             if of_value is not None or any(of_norm is not None for of_norm in of_norms):
-                with torch.no_grad():
+                with torch.no_grad(), nothing_written_over((of_value, *of_norms)) as own:
                     found = _combined((weights, biases), norms, ctx.here, displaced, ctx.multiple, of_value, of_norms)
+                found = [own(gradient) for gradient in found]
                 if torch.is_grad_enabled():
                     found = derived_once(found, ctx.leaves)
             if of_output is not None:
                 chain = DenseChain.of_rows(rows, ctx.between)
-                through_output = pulled_to_parameters(chain, of_output)
+                with nothing_written_over([of_output]) as own:
+                    through_output = [own(gradient) for gradient in pulled_to_parameters(chain, of_output)]
                 found = through_output if found is None else [a + b for a, b in zip(found, through_output, strict=True)]
         return (None,) * 7 + tuple(found or [None] * len(ctx.leaves))
 
@@ -260,14 +263,15 @@ def _weighted(gradients: Gradients, scale: Tensor, there: Sequence[tuple[DenseCh
 def _plus_mean_gradients(total: Sequence[Tensor], factor: float, chain: DenseChain, cotangent: Tensor) -> list[Tensor]:
     """factor · total + ∇ mean_i f_i, weights first, then biases; the sum is made within the products."""
     deltas = deltas_of(chain, cotangent, ()).at
-    scale = 1 / len(cotangent)
+    scale = 1 / cotangent.shape[0]
     n = len(deltas)
     weights = [
         torch.addmm(gradient, delta.t(), h, beta=factor, alpha=scale)
         for gradient, delta, h in zip(total[:n], deltas, chain.hidden, strict=True)
     ]
     with_bias = [delta for delta, bias in zip(deltas, chain.biases, strict=True) if bias is not None]
+    ones = cotangent.new_ones(cotangent.shape[0])
     return weights + [
-        torch.add(delta.sum(0).mul_(scale), gradient, alpha=factor)
+        torch.addmv(gradient, delta.t(), ones, beta=factor, alpha=scale)
         for gradient, delta in zip(total[n:], with_bias, strict=True)
     ]

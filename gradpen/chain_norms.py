@@ -12,7 +12,8 @@ so that every gradient of a weight is one tensor from the beginning, to which th
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from gradpen._graph import save_rows, saved_rows
-from gradpen._numerics import full_precision, is_at_hand, row_sq_norm, total_sq_norm
+from gradpen._numerics import full_precision, is_at_hand, is_batched, row_sq_norm, total_sq_norm
 from gradpen.cotangents import Cotangent, OfScalar
 from gradpen.dense_chain import DenseChain, may_overwrite
 
@@ -88,7 +89,7 @@ def _mean_row(delta: Tensor) -> Tensor:
 
 def mean_product(delta: Tensor, h: Tensor) -> Tensor:
     """mean_i δ_i h_iᵀ, divided within the product."""
-    return torch.addmm(delta[:1, :1], delta.t(), h, beta=0, alpha=1 / h.shape[0])  # nothing is read of the first
+    return torch.addmm(delta.new_empty(1), delta.t(), h, beta=0, alpha=1 / h.shape[0])  # nothing is read of the first
 
 
 def _factors(chain: DenseChain, deltas: Deltas, norm: NormOf) -> tuple[Row, ...]:
@@ -299,7 +300,7 @@ class _Chain(torch.autograd.Function):
         rows = saved_rows(ctx)
         chain = DenseChain.of_rows(rows, ctx.between)
         kept = [(_deltas_of_rows(rows), [_factors_of_rows(rows, norm) for norm in norms]) for _, norms in ctx.measured]
-        with full_precision(chain.hidden[0].device):
+        with full_precision(chain.hidden[0].device), nothing_written_over((of_output, of_data_loss, *of_norms)) as own:
             if torch.is_grad_enabled():  # create_graph=True: what was saved must not pass for constants
                 chain = chain.with_parameters(chain.weights, chain.biases)
             delta = of_output
@@ -307,7 +308,20 @@ class _Chain(torch.autograd.Function):
                 delta = _add(delta, _of_output(chain, of_data_loss, *ctx.data_loss))
             weights, biases = _backward(chain, zip(ctx.measured, kept, strict=True), delta, iter(of_norms))
         there = [grad for grad, bias in zip(biases, chain.biases, strict=True) if bias is not None]
-        return None, None, None, *weights, *there
+        return None, None, None, *[None if grad is None else own(grad) for grad in (*weights, *there)]
+
+
+@contextmanager
+def nothing_written_over(cotangents: Iterable[Tensor | None]) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Where cotangents are batched, torch has no rule for writing over tensors: then as if a graph were wanted.
+
+    What is found is to be given to the function in the end, which takes off a graph that nobody wants.
+    """
+    if torch.is_grad_enabled() or not any(one is not None and is_batched(one) for one in cotangents):
+        yield lambda found: found
+        return
+    with torch.enable_grad():
+        yield torch.no_grad()(Tensor.clone)  # there is no rule for `detach` either
 
 
 def _deltas_of_rows(rows: Iterator[Any]) -> Deltas:

@@ -252,7 +252,7 @@ _foreign: weakref.WeakKeyDictionary[nn.Module, set[Any]] = weakref.WeakKeyDictio
 
 
 def _is_foreign(model: nn.Module, requests: Sequence[chain_terms.Request]) -> bool:
-    known = _foreign.get(model)
+    known = _foreign.get(model) if _foreign else None
     return known is not None and not known.isdisjoint(_codes(requests))
 
 

@@ -780,6 +780,20 @@ def test_backward_twice(name):
         torch.autograd.grad(loss, list(model.parameters()))
 
 
+@pytest.mark.parametrize("name", ["both", "batch", "measured", "forward difference"])
+def test_several_cotangents_at_once(name):
+    """`is_grads_batched`, as `torch.autograd.functional.jacobian(vectorize=True)` asks for it."""
+    (x, y), model = batch(), wide(nn.GELU).eval()
+    parameters = list(model.parameters())
+    out = PenalizedLoss(F.cross_entropy, *PENALTIES[name]())(model, x, y)
+    losses = torch.stack([out.loss, out.data_loss + out.output.sum()])
+    found = torch.autograd.grad(losses, parameters, torch.eye(2).double(), is_grads_batched=True, retain_graph=True)
+    one_by_one = [torch.autograd.grad(loss, parameters, retain_graph=True) for loss in losses]
+    for a, b in zip(found, map(torch.stack, zip(*one_by_one, strict=True)), strict=True):
+        assert not a.requires_grad
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", ["both", "batch"])
 def test_parameters_that_are_changed_before_the_backward_pass(name):
     model, (x, y) = layers(), batch()
