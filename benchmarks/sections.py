@@ -85,7 +85,9 @@ def penalty_row(job: Job, setting: Setting, advance: Advance) -> Results:
         error = errors[contender.name]
         entry |= {"reason": error} if isinstance(error, str) else {**_numbers(timings[contender.name]), "error": error}
         entries.append(entry)
-    return {"rows": [_row(job.key, job.title, floors(setting.widths, setting.batch_size)[job.floor], job.target, entries)]}
+    return {
+        "rows": [_row(job.key, job.title, floors(setting.widths, setting.batch_size)[job.floor], job.target, entries)]
+    }
 
 
 def spectral_rows(setting: Setting, advance: Advance) -> Results:
