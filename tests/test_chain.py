@@ -266,7 +266,10 @@ def test_gradients_that_cancel(share):
     """Two samples with nearly opposite gradients: products between them would leave no digit of what remains."""
     model = nn.Sequential(nn.Linear(50, 40), nn.Tanh(), nn.Linear(40, 2)).double()
     x = torch.randn(1, 50, dtype=torch.float64).expand(2, 50).contiguous()
-    criterion = lambda output, target: output[:, 0] * target  # noqa: E731
+
+    def criterion(output: Tensor, target: Tensor) -> Tensor:
+        return output[:, 0] * target
+
     y = torch.tensor([1.0, share - 1.0], dtype=torch.float64)
     exact = param_grad_sq_norm(model, x, y, over="batch", criterion=criterion).item()
     found = param_grad_sq_norm(
