@@ -48,7 +48,7 @@ def layers_in_sum(
         index: _reason_to_exclude(recording.calls[index], index, names, recording, sides, walk.leaf_edges)
         for index in sides.deltas[0]
     }
-    in_chain = set() if chain is None else set(map(id, chain.weights))
+    in_chain = set() if chain is None else set(map(id, chain.weights))  # a weight of two calls has a reason already
     candidates = [
         index
         for index, reason in reasons.items()

@@ -148,7 +148,10 @@ def _factors_to_unit(product: Tensor) -> Tensor | None:
     """Powers of two that bring rows whose squares would under- or overflow to about 1: (B, 1); None if there are none."""
     largest, info = product.abs().amax(1, keepdim=True), torch.finfo(product.dtype)
     far = (largest > 0) & ((largest < info.tiny**0.25) | (largest > info.max**0.25))
-    return torch.where(far, torch.exp2(-largest.log2().round()), 1.0) if bool(far.any()) else None
+    if not bool(far.any()):
+        return None
+    exponents = -largest.log2().round().clamp(min=2 - math.log2(info.max))  # of subnormal numbers it would be too large
+    return torch.where(far, torch.exp2(exponents), 1.0)
 
 
 def _lanczos_step(

@@ -55,7 +55,7 @@ def test_a_second_vector_that_is_mostly_rounding(seed):
     assert contains(bracket, SPECTRA["two_values"].double().max(), 2e-6)
 
 
-@pytest.mark.parametrize("size", [1e-16, 1e-11, 1e-6, 1e8, 1e16])
+@pytest.mark.parametrize("size", [1e-19, 1e-16, 1e-11, 1e-6, 1e8, 1e16])
 @pytest.mark.parametrize("name", ["gap", "uniform", "decaying", "rank_one"])
 def test_squares_out_of_the_range_of_float32(name, size):
     """Row b is multiplied by J Jᵀ, whose own square would under- or overflow."""
