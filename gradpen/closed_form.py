@@ -133,9 +133,13 @@ def group_sq_norm(contributions: Sequence[Contribution]) -> Tensor:
         return row_sq_norm(sum_tensors([c.value for c in contributions if isinstance(c, Dense)]))
     if isinstance(first, Rows):
         rows = [c for c in contributions if isinstance(c, Rows)]
-        return _rows_sq_norm(torch.cat([c.delta for c in rows], 1), torch.cat([c.lookup for c in rows], 1))
+        return _rows_sq_norm(_joined([c.delta for c in rows], 1), _joined([c.lookup for c in rows], 1))
     outers = [c for c in contributions if isinstance(c, Outer)]
-    return _outer_sq_norm(torch.cat([c.delta for c in outers], 2), torch.cat([c.input for c in outers], 2))
+    return _outer_sq_norm(_joined([c.delta for c in outers], 2), _joined([c.input for c in outers], 2))
+
+
+def _joined(tensors: list[Tensor], dim: int) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
 
 
 def _outer_sq_norm(delta: Tensor, h: Tensor) -> Tensor:

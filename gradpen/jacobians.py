@@ -84,7 +84,7 @@ class JacobianOperator:
         """D J for diagonals (B, n)."""
         part = self.part
         return JacobianOperator(
-            gram=lambda u: diagonal * self.gram(diagonal * u),
+            gram=lambda u: self.gram(diagonal * u).mul_(diagonal),
             vjp=lambda u: self.vjp(diagonal * u),
             template=self.template,
             columns=self.columns,
@@ -168,7 +168,8 @@ class OperatorStack:
         parts = zip(self.operators, u.split(self.sizes), strict=True)
         products = [operator.gram(part[:, : operator.template.shape[1]]) for operator, part in parts]
         length = u.shape[1]
-        return torch.cat([p if p.shape[1] == length else F.pad(p, (0, length - p.shape[1])) for p in products])
+        padded = [p if p.shape[1] == length else F.pad(p, (0, length - p.shape[1])) for p in products]
+        return torch.cat(padded) if len(padded) > 1 else padded[0]
 
     def restricted(self, samples: Tensor) -> OperatorStack:
         """The stack of some samples, given by rising indices."""
