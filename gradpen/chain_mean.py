@@ -22,7 +22,7 @@ from gradpen.chain_norms import (
     as_own,
     deltas_of,
     mean_gradients,
-    mean_product,
+    mean_of_products,
     nothing_written_over,
     pulled_to_parameters,
     total_norm,
@@ -128,7 +128,7 @@ def _of_first(chain: DenseChain, deltas: Deltas, gradients: Gradients, norm_of: 
     (size, columns), rows = x.shape, delta.shape[1]
     if chain.first is None or not norm_of.weights[0] or size * (rows + columns) >= rows * columns:
         return None
-    of_weight = mean_product(x @ x.t(), delta)
+    of_weight = mean_of_products(x, delta)
     bias = gradients[1][0]
     return of_weight if bias is None or not norm_of.biases[0] else of_weight + bias
 

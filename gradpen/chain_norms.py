@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from gradpen._graph import save_rows, saved_rows
+from gradpen._layout import dot, lies_by_feature, plus_times, row_sq_norms, times
 from gradpen._numerics import full_precision, is_at_hand, is_batched, row_sq_norm, total_sq_norm
 from gradpen.cotangents import Cotangent, OfScalar
 from gradpen.dense_chain import DenseChain, may_overwrite
@@ -63,11 +64,12 @@ def deltas_of(chain: DenseChain, cotangent: Tensor, norms: Sequence[NormOf]) -> 
     """δ_t of every layer from ∂f_i/∂output, (B, n_n), and ∇_x f if one of the norms is that of it."""
     at: list[Tensor] = [cotangent]
     before: list[Tensor | None] = []
-    for weight, between in zip(reversed(chain.weights[1:]), reversed(chain.between), strict=True):
-        pushed = at[-1] @ weight
+    links = zip(chain.weights[1:], chain.between, chain.hidden[1:], strict=True)
+    for weight, between, h in reversed(list(links)):
+        pushed = times(at[-1], weight, like=h)
         before.append(pushed if between.is_curved else None)
         at.append(between.pull(pushed) if between.is_curved else between.pull_into(pushed))
-    entry = at[-1] @ chain.weights[0] if any(norm.what == "input" for norm in norms) else None
+    entry = times(at[-1], chain.weights[0]) if any(norm.what == "input" for norm in norms) else None
     return Deltas(tuple(reversed(at)), tuple(reversed(before)), entry)
 
 
@@ -92,6 +94,14 @@ def mean_product(delta: Tensor, h: Tensor) -> Tensor:
     return torch.addmm(delta.new_empty(1), delta.t(), h, beta=0, alpha=1 / h.shape[0])  # nothing is read of the first
 
 
+def mean_of_products(a: Tensor, b: Tensor) -> Tensor:
+    """mean_j (a_i · a_j) b_j for every sample i, without the gradient mean_j b_j a_jᵀ: as b."""
+    products = a @ a.t()
+    if lies_by_feature(b):
+        return torch.addmm(b.new_empty(1), b.t(), products, beta=0, alpha=1 / len(a)).t()
+    return torch.addmm(b.new_empty(1), products, b, beta=0, alpha=1 / len(a))
+
+
 def _factors(chain: DenseChain, deltas: Deltas, norm: NormOf) -> tuple[Row, ...]:
     """What the squared norm is made of: no rows of tensors, two, or three. None or 0 where nothing counts.
 
@@ -107,7 +117,7 @@ def _factors(chain: DenseChain, deltas: Deltas, norm: NormOf) -> tuple[Row, ...]
             by_products = norm.weights[t] and _by_products(delta, h, t)
             weights.append(mean_product(delta, h) if norm.weights[t] and not by_products else None)
             biases.append(_mean_row(delta) if norm.biases[t] else None)
-            products.append(mean_product(h @ h.t(), delta) if by_products else None)
+            products.append(mean_of_products(h, delta) if by_products else None)
         return tuple(weights), tuple(biases), tuple(products)
     return ()
 
@@ -147,21 +157,20 @@ def _sizes_and_squares(chain: DenseChain, deltas: Deltas, norm: NormOf) -> tuple
     sizes, squares = deltas.at[0].new_zeros(2, len(deltas.at), deltas.at[0].shape[0])
     for t, (delta, h, weight, bias) in enumerate(zip(deltas.at, chain.hidden, norm.weights, norm.biases, strict=True)):
         if weight:
-            torch.linalg.vector_norm(h, dim=1, out=sizes[t])
+            row_sq_norms(h, out=sizes[t])
         if weight or bias:
-            torch.linalg.vector_norm(delta, dim=1, out=squares[t])
-    sizes.square_()
+            row_sq_norms(delta, out=squares[t])
     if all(norm.biases):
         sizes.add_(1)
     else:
         for size, counts in zip(sizes, norm.biases, strict=True):
             size.add_(float(counts))
-    return sizes, squares.square_()
+    return sizes, squares
 
 
 def _row_sq_norm(tensor: Tensor) -> Tensor:
     """`row_sq_norm`, in one kernel where no second derivative is wanted: the norm has none at 0."""
-    return row_sq_norm(tensor) if torch.is_grad_enabled() else torch.linalg.vector_norm(tensor, dim=1).square_()
+    return row_sq_norm(tensor) if torch.is_grad_enabled() else row_sq_norms(tensor)
 
 
 def _only(row: Sequence[Tensor | None], wanted: Sequence[bool]) -> Row:
@@ -191,7 +200,7 @@ def _batch_sq_norm(chain: DenseChain, deltas: Deltas, norm: NormOf, factors: Seq
     spread = torch.zeros_like(sq_norm)  # what the diagonals h_i · h_i and δ_i · δ_i alone make up
     for product, delta, h in zip(products, deltas.at, chain.hidden, strict=True):
         if product is not None:  # ‖G‖² = ⟨h Gᵀ, δ⟩/B
-            sq_norm = sq_norm + torch.dot(product.flatten(), delta.flatten()) / len(h)
+            sq_norm = sq_norm + dot(product, delta) / len(h)
             spread = spread + torch.dot(_row_sq_norm(h), _row_sq_norm(delta)) / len(h) ** 2
     if bool(sq_norm < _CANCELLED * spread):
         weights, biases = mean_gradients(chain, deltas)
@@ -392,7 +401,7 @@ def _sweep_forward(chain: DenseChain, deltas: Deltas, wanted: Sequence[_Wanted],
             assert deltas.entry is not None
             scaled = deltas.at[0] * twice
             gathered.weights[0] = _add_product(gathered.weights[0], scaled, deltas.entry)
-            of_delta = _add_scaled(of_delta, deltas.entry @ chain.weights[0].t(), twice)
+            of_delta = _add_scaled(of_delta, times(deltas.entry, chain.weights[0].t()), twice)
         elif norm.what == "batch":
             over_batch.append((norm, twice / chain.hidden[0].shape[0], factors))
         else:
@@ -418,7 +427,7 @@ def _sweep_forward(chain: DenseChain, deltas: Deltas, wanted: Sequence[_Wanted],
             gathered.saved[t] = _add(gathered.saved[t], between.of_saved(before, of_delta))
         of_pushed = between.pull_into(of_delta)
         gathered.weights[t + 1] = _add_product(gathered.weights[t + 1], deltas.at[t + 1], of_pushed)
-        of_delta = of_pushed @ chain.weights[t + 1].t()
+        of_delta = times(of_pushed, chain.weights[t + 1].t())
     return of_delta
 
 
@@ -432,7 +441,7 @@ def _sweep_backward(chain: DenseChain, delta: Tensor | None, gathered: _Gathered
         if delta is not None and chain.biases[t] is not None:
             biases[t] = delta.sum(0)
         if t > 0:
-            pushed = _push(gathered.hidden[t], delta, chain.weights[t])
+            pushed = _push(gathered.hidden[t], delta, chain.weights[t], like=chain.hidden[t])
             scale = gathered.scales[t]
             if scale is not None:
                 pushed = _add_scaled(pushed, chain.hidden[t], scale)
@@ -462,12 +471,13 @@ def _through_batch_norm(
         return _add(of_delta, None if bias_gradient is None else bias_gradient * scale.expand(len(delta), 1)), None
     if product is not None:
         to_delta = product if bias_gradient is None else product + bias_gradient
-        to_h = mean_product(delta @ delta.t(), h) if with_h else None
+        to_h = mean_of_products(delta, h) if with_h else None
     else:
         assert weight_gradient is not None
         transposed = weight_gradient.t()
-        to_delta = h @ transposed if bias_gradient is None else torch.addmm(bias_gradient, h, transposed)
-        to_h = delta @ weight_gradient if with_h else None
+        to_delta = times(h, transposed, like=delta)
+        to_delta = to_delta if bias_gradient is None else to_delta + bias_gradient
+        to_h = times(delta, weight_gradient, like=h) if with_h else None
     return _add_scaled(of_delta, to_delta, scale), None if to_h is None else to_h * scale
 
 
@@ -492,8 +502,8 @@ def _add_product(total: Tensor | None, delta: Tensor | None, h: Tensor) -> Tenso
     return torch.addmm(total, delta.t(), h, out=out)
 
 
-def _push(total: Tensor | None, delta: Tensor | None, weight: Tensor) -> Tensor | None:
+def _push(total: Tensor | None, delta: Tensor | None, weight: Tensor, like: Tensor) -> Tensor | None:
     """Total + δ W."""
     if total is None or delta is None:
-        return total if delta is None else delta @ weight
-    return torch.addmm(total, delta, weight)
+        return total if delta is None else times(delta, weight, like=like)
+    return plus_times(total, delta, weight)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from gradpen._graph import VIEW_NODES
+from gradpen._layout import affine, lies_by_feature
 
 aten = torch.ops.aten
 _threshold_backward, _threshold_backward_into = aten.threshold_backward.default, aten.threshold_backward.grad_input
@@ -217,13 +218,14 @@ class DenseChain(NamedTuple):
             biases: of all layers.
             first: z_1 of these, if it is known; W_1 is not looked at then.
         """
-        z = F.linear(self.hidden[0], weights[0], biases[0]) if first is None else first
+        by_feature = [*[lies_by_feature(h) for h in self.hidden[1:]], False]
+        z = affine(self.hidden[0], weights[0], biases[0], by_feature=by_feature[0]) if first is None else first
         hidden, between = [self.hidden[0]], []
-        for weight, bias, elementwise in zip(weights[1:], biases[1:], self.between, strict=True):
+        for t, elementwise in enumerate(self.between, start=1):
             h, there = elementwise.at_own(z)
             hidden.append(h)
             between.append(there)
-            z = F.linear(h, weight, bias)
+            z = affine(h if by_feature[t] else h.contiguous(), weights[t], biases[t], by_feature=by_feature[t])
         return DenseChain(tuple(weights), tuple(biases), tuple(hidden), tuple(between), z)
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradpen._checks import has_global_hooks, is_changed
+from gradpen._layout import affine, by_feature, pays_by_feature
 from gradpen.dense_chain import KINDS, DenseChain, Elementwise, are_layers, is_ordinary_call
 
 # how a module's function is called in the graph, and its other arguments
@@ -117,13 +118,16 @@ def _run(
 ) -> DenseChain:
     hidden: list[Tensor] = [h]
     done: list[Elementwise] = []
-    z = F.linear(h, weights[0], biases[0])
+    lies = pays_by_feature(h, [len(weight) for weight in weights[:-1]])
+    z = affine(h, weights[0], biases[0], by_feature=lies)
     first = z if keep_first else None
-    for weight, bias, (elementwise, dropout) in zip(weights[1:], biases[1:], between, strict=True):
+    for t, (elementwise, dropout) in enumerate(between, start=1):
         if dropout > 0:
-            elementwise = elementwise._replace(factor=F.dropout(torch.ones_like(z), dropout))  # the model's own mask
+            factor = F.dropout(z.new_ones(z.shape), dropout)  # the model's own mask, which is drawn row by row
+            elementwise = elementwise._replace(factor=by_feature(factor) if lies else factor)
         h, elementwise = elementwise.at(z) if z is first else elementwise.at_own(z)
         done.append(elementwise)
         hidden.append(h)
-        z = F.linear(h, weight, bias)
+        is_last = t == len(between)
+        z = affine(h.contiguous() if is_last else h, weights[t], biases[t], by_feature=lies and not is_last)
     return DenseChain(tuple(weights), tuple(biases), tuple(hidden), tuple(done), z, first)

@@ -256,12 +256,13 @@ class PenalizedOutput(NamedTuple):
 
     Attributes:
         loss: data_loss + Σ weight · R, 0-dim: call ``backward()`` on it.
-        data_loss: exactly ``criterion(model(x), y)``.
+        data_loss: exactly ``criterion(output, y)``, the criterion of the model's output.
         penalties: name → the unweighted R, 0-dim; 0 on steps that ``every_n_steps`` leaves out. Differentiable unless
             all weights are 0.
-        output: the model's output. Penalties need not lead through it in the graph, nor through activations within the
-            model: the derivative of the loss with respect to these is that of the data loss, or there is none, and hooks
-            on nodes of the graph (``tensor.grad_fn.register_hook``) within the model need not run.
+        output: the model's output, and of wide dense layers on a CPU the same up to rounding: their products may add in
+            another order. Penalties need not lead through it in the graph, nor through activations within the model: the
+            derivative of the loss with respect to these is that of the data loss, or there is none, and hooks on nodes of
+            the graph (``tensor.grad_fn.register_hook``) within the model need not run.
     """
 
     loss: Tensor

@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from gradpen import _layout
+
 torch.set_num_threads(1)
 
 settings.register_profile("gradpen", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -23,6 +25,15 @@ def seeded() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.fixture(params=["by_sample", "by_feature"])
+def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How hidden rows lie in memory; what pays for wide layers alone is done for all."""
+    if request.param == "by_feature":
+        monkeypatch.setattr(_layout, "_SAMPLES", range(1, 10_000))
+        monkeypatch.setattr(_layout, "_FEWEST_FEATURES", 1)
+    return str(request.param)
 
 
 @pytest.fixture

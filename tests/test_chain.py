@@ -21,7 +21,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradpen import InputGradPenalty, ParamGradPenalty, PenalizedLoss, chain_terms, evaluation
+from gradpen._layout import lies_by_feature
 from gradpen.functional import input_grad_sq_norm, param_grad_sq_norm
+from gradpen.module_chain import run_chain
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"), reason="this torch cannot tell what is saved"
@@ -155,6 +157,7 @@ def everything(model: nn.Module, x: Tensor, y: Tensor, penalties: list, criterio
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("name", PENALTIES)
+@pytest.mark.usefixtures("layout")
 def test_formulas_and_autograd_agree(name, activation, looked, monkeypatch):
     for kind, dropout, bias in ((nn.Sequential, 0.0, False), (nn.Sequential, 0.4, True), (Written, 0.4, True)):
         model, (x, y) = kind(*layers(ACTIVATIONS[activation], dropout, bias)), batch()
@@ -207,6 +210,44 @@ def test_other_criteria(name, criterion, looked, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+# ---- wide layers: rows that lie by feature ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("samples", "width", "expected"), [(64, 1024, True), (256, 1030, True), (63, 1024, False), (64, 1023, False)]
+)
+def test_hidden_rows_lie_by_feature_where_layers_are_wide(samples, width, expected):
+    model = nn.Sequential(
+        nn.Linear(5, width), nn.ReLU(), nn.Dropout(), nn.Linear(width, 1024), nn.Tanh(), nn.Linear(1024, 3)
+    )
+    chain = run_chain(model, torch.randn(samples, 5), keep_first=True)
+    assert [lies_by_feature(h) for h in chain.hidden] == [False, expected, expected]
+    assert lies_by_feature(chain.between[0].factor) == lies_by_feature(chain.first) == expected
+    assert chain.output.is_contiguous()
+
+
+@pytest.mark.parametrize("name", ["both", "batch", "measured", "forward difference"])
+def test_wide_layers(name, looked, monkeypatch):
+    model = nn.Sequential(nn.Linear(20, 1024), nn.Tanh(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 3)).double()
+    x, y = torch.randn(64, 20, dtype=torch.float64), torch.randint(3, (64,))
+    objective = PenalizedLoss(F.cross_entropy, *PENALTIES[name]())
+    found = step(objective, model, x, y)
+    assert looked.found == [True]
+    torch.testing.assert_close(found[0], model(x), rtol=1e-12, atol=1e-12)
+    by_autograd(monkeypatch)
+    for a, b in zip(found, step(objective, model, x, y), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def step(objective: PenalizedLoss, model: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
+    """Output, penalties and gradients."""
+    model.zero_grad()
+    out = objective(model, x, y)
+    out.loss.backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    return [tensor.detach() for tensor in (out.output, *out.penalties.values(), *gradients)]
+
+
 # ---- few samples, wide layers: products between samples ------------------------------------------------------------
 
 
@@ -242,6 +283,7 @@ class Products(TorchDispatchMode):
 @pytest.mark.parametrize(
     "name", ["batch", "three", "biases", "measured", "forward difference", "differences", "difference in biases"]
 )
+@pytest.mark.usefixtures("layout")
 def test_products_between_samples(name, bias, activation, looked, monkeypatch):
     (x, y), model = batch(), wide(ACTIVATIONS[activation], bias)
     with Products() as products:

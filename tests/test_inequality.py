@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 
@@ -94,6 +95,27 @@ def test_every_method_finds_the_same_sides(name, norm, method):
     ref.assert_close(report.lhs, expected["lhs"], 1e-6)
     slack = 1 + 1e-9
     assert (report.lhs_lower <= expected["lhs"] * slack).all() and (expected["lhs"] <= report.lhs_upper * slack).all()
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_brackets_of_a_chain_in_either_layout(activation, dtype, layout):
+    """Forty samples, of which some leave the iteration before the others."""
+    widths = [12, 60, 90, 60, 3]
+    modules = [module for n, m in itertools.pairwise(widths) for module in (nn.Linear(n, m), activation())]
+    model = nn.Sequential(*modules[:-1]).to(dtype)
+    x, y = (
+        torch.randn(40, 12, dtype=dtype) * torch.logspace(-1, 2, 40, dtype=dtype).unsqueeze(1),
+        torch.randint(3, (40,)),
+    )
+    found = evaluate_inequality(model, x, y, method="krylov")
+    exact = evaluate_inequality(copy.deepcopy(model).double(), x.double(), y, method="dense")
+    rounding = 1e-5 if dtype == torch.float32 else 1e-10
+    for bracket, layer in zip(found.layers[1:], exact.layers[1:], strict=True):
+        assert (bracket.jacobian_norm <= layer.jacobian_norm * (1 + rounding)).all()
+        assert (layer.jacobian_norm <= bracket.jacobian_norm_upper * (1 + rounding)).all()
+        assert (bracket.jacobian_norm >= 0.95 * bracket.jacobian_norm_upper).all()
+        ref.assert_close(bracket.product_norm, layer.product_norm, 0.05)
 
 
 @pytest.mark.parametrize("batch", [1, 2])

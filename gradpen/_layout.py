@@ -1,0 +1,91 @@
+"""How the rows of a batch lie in memory, and products of rows with weights.
+
+Rows (B, n) may lie *by feature*: as the transpose of a contiguous (n, B), one feature of all samples behind the other. In
+h Wᵀ the batch is then the factor on the right, W hᵀ, and the library that multiplies on CPUs has less to rearrange where the
+batch is small beside the weight. What is done to every entry by itself takes the same time, provided that all operands lie
+the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_SAMPLES = range(64, 257)
+_FEWEST_FEATURES = 1024
+_FEW = 16  # rows, which no library takes long to rearrange
+
+
+def pays_by_feature(rows: Tensor, widths: Sequence[int]) -> bool:
+    """Whether layers of these widths are quicker if the rows between them, as many as here, lie by feature."""
+    return rows.device.type == "cpu" and len(rows) in _SAMPLES and min(widths, default=0) >= _FEWEST_FEATURES
+
+
+def lies_by_feature(rows: Tensor) -> bool:
+    """Whether rows (B, n) lie by feature."""
+    return rows.stride(0) == 1 and rows.stride(1) != 1
+
+
+def by_feature(rows: Tensor) -> Tensor:
+    """The same rows, by feature."""
+    return rows.t().contiguous().t()
+
+
+def one_way(rows: Tensor) -> Tensor:
+    """The same rows, one behind the other if they are few: no product with these gains by another layout."""
+    return rows.contiguous() if len(rows) < _FEW else rows
+
+
+def affine(h: Tensor, weight: Tensor, bias: Tensor | None, *, by_feature: bool) -> Tensor:
+    """H Wᵀ + b, by feature if asked for, else as torch.nn.functional.linear gives it."""
+    if not by_feature:
+        return F.linear(h, weight, bias)
+    return (weight @ h.t()).t() if bias is None else torch.addmm(bias.unsqueeze(1), weight, h.t()).t()
+
+
+def times(rows: Tensor, matrix: Tensor, like: Tensor | None = None) -> Tensor:
+    """Rows (B, n) times a matrix (n, m), by feature if the rows or others (B, m) are."""
+    if lies_by_feature(rows) or (like is not None and lies_by_feature(like)):
+        return (matrix.t() @ rows.t()).t()
+    return rows @ matrix
+
+
+def plus_times(total: Tensor, rows: Tensor, matrix: Tensor) -> Tensor:
+    """Total (B, m) + rows (B, n) times a matrix (n, m), by feature if the total is."""
+    if lies_by_feature(total):
+        return torch.addmm(total.t(), matrix.t(), rows.t()).t()
+    return torch.addmm(total, rows, matrix)
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """The sum of the products of all entries of two batches of rows that lie the same way: 0-dim."""
+    if lies_by_feature(a):
+        a, b = a.t(), b.t()
+    return torch.dot(a.flatten(), b.flatten())
+
+
+def row_sq_norms(rows: Tensor, out: Tensor | None = None) -> Tensor:
+    """‖·‖² of every row in as few passes as the layout allows, not to be differentiated: (B,)."""
+    if lies_by_feature(rows):
+        return torch.linalg.vecdot(rows, rows, out=out)
+    return torch.linalg.vector_norm(rows, dim=1, out=out).square_()
+
+
+def row_norms(rows: Tensor) -> Tensor:
+    """‖·‖ of every row, not to be differentiated: (B,)."""
+    return row_sq_norms(rows).sqrt() if lies_by_feature(rows) else torch.linalg.vector_norm(rows, dim=1)
+
+
+def selected(rows: Tensor, which: Tensor) -> Tensor:
+    """Some of the rows, lying as all of them do."""
+    return rows.t().index_select(1, which).t() if lies_by_feature(rows) else rows[which]
+
+
+def joined(parts: Sequence[Tensor], *, by_feature: bool) -> Tensor:
+    """Rows of several batches."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([part.t() for part in parts], 1).t() if by_feature else torch.cat(list(parts))
