@@ -13,6 +13,7 @@ from gradpen import _checks
 from gradpen._numerics import divide_or_zero, row_sq_norm, widest_float
 from gradpen.chain_terms import chain_of
 from gradpen.cut_layers import CutLayer, layers_in_sum
+from gradpen.dense_chain import DenseChain
 from gradpen.isolation import outside_inference, untouched
 from gradpen.layer_norms import METHODS, NORMS, LayerNorms, NormSettings, jacobian_operators, layer_norms
 from gradpen.recording import RngState, record_forward
@@ -113,9 +114,25 @@ def evaluate_inequality(
         settings = NormSettings(norm, method, delta, rtol, slack, memory_budget)
         with recording.gate.towards_inputs():
             chain = None if recording.is_hooked else chain_of(recording)
-            layers, excluded = layers_in_sum(model, recording, sides, parameters, chain)
-            norms = layer_norms(layers, jacobian_operators(recording, layers, chain), settings)
-        return _assemble(layers, excluded, norms, sides, settings, name)
+            report = _report(model, recording, sides, parameters, chain, settings, name)
+            if chain is not None and not bool(report.holds.all()):  # a hook on one of its nodes, which nobody can see
+                report = _report(model, recording, sides, parameters, None, settings, name)
+        return report
+
+
+def _report(
+    model: nn.Module,
+    recording: Recording,
+    sides: Sides,
+    parameters: Mapping[str, Tensor],
+    chain: DenseChain | None,
+    settings: NormSettings,
+    name: str,
+) -> InequalityReport:
+    """With layers and Jacobians as a chain tells them, or, without one, as they are found out."""
+    layers, excluded = layers_in_sum(model, recording, sides, parameters, chain)
+    norms = layer_norms(layers, jacobian_operators(recording, layers, chain), settings)
+    return _assemble(layers, excluded, norms, sides, settings, name)
 
 
 def _assemble(

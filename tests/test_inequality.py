@@ -621,3 +621,27 @@ def test_a_bracket_never_calls_rounding_a_violation():
     for method in ("dense", "krylov"):
         report = evaluate_inequality(model, x, of="output", method=method)
         assert report.violations == 0 and math.isclose(report.tightness.mean(), 1, rel_tol=1e-5)
+
+
+class HookedNode(nn.Module):
+    """A hook on a node of the graph, which cannot be seen there, makes the gradient in front of it a hundred times larger."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        h = torch.relu(self.first(x))
+        if h.grad_fn is not None:
+            h.grad_fn.register_hook(lambda inputs, _: tuple(100 * gradient for gradient in inputs))
+        return self.third(torch.relu(self.second(h)))
+
+
+def test_a_hook_on_a_node_is_no_violation():
+    """What it does to gradients, it does to the products with J."""
+    model, x, y = HookedNode(), torch.randn(8, 4), torch.randint(3, (8,))
+    report = evaluate_inequality(model, x, y)
+    assert report.holds.all() and len(report.layers) == 3
+    weight, h = model.first.weight.detach(), model.first(x).detach()
+    expected = 100 * torch.linalg.matrix_norm((h > 0).unsqueeze(2) * weight, 2)
+    ref.assert_close(report.layers[1].jacobian_norm, expected.double(), 1e-5)
