@@ -16,7 +16,7 @@ from gradpen.cut_layers import CutLayer, layers_in_sum
 from gradpen.dense_chain import DenseChain
 from gradpen.isolation import outside_inference, untouched
 from gradpen.layer_norms import METHODS, NORMS, LayerNorms, NormSettings, jacobian_operators, layer_norms
-from gradpen.recording import RngState, record_forward
+from gradpen.recording import Recording, RngState, record_forward
 from gradpen.report import ExcludedLayer, InequalityReport, LayerTerms, ratio_or_nan
 from gradpen.sides import Sides, both_sides, output_cotangents
 from gradpen.terms import select_parameters

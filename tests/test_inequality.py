@@ -624,7 +624,7 @@ def test_a_bracket_never_calls_rounding_a_violation():
 
 
 class HookedNode(nn.Module):
-    """A hook on a node of the graph, which cannot be seen there, makes the gradient in front of it a hundred times larger."""
+    """A hook on a node of the graph, which cannot be seen there, makes the gradient a hundred times larger."""
 
     def __init__(self):
         super().__init__()
