@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -21,8 +22,10 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
     Inside: gradients are on (also within ``torch.inference_mode``), autocast is off, compiled modules run eagerly, attention
     runs in operations that can be differentiated twice. Afterwards: train/eval flags, buffers (the very tensors, with
-    their contents), embeddings with ``max_norm``, and the random streams of torch (CPU and CUDA), NumPy and Python are as
-    before. ``.grad``, hooks and ``requires_grad`` are never touched.
+    their contents), attributes, embeddings with ``max_norm``, and the random streams of torch (CPU and CUDA), NumPy and
+    Python are as before. ``.grad``, hooks and ``requires_grad`` are never touched. Of attributes, the lists, dicts and sets
+    have the items that they had; what a forward pass changes deeper inside, or in place in a tensor that is no buffer,
+    stays changed.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -37,8 +40,9 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def state_kept(model: nn.Module) -> Iterator[None]:
-    """Train/eval flags, buffers, the weights of Embedding(max_norm=…), and random streams are afterwards as before."""
-    training = {module: module.training for module in model.modules()}
+    """Flags and other attributes, buffers, weights of Embedding(max_norm=…), random streams are afterwards as before."""
+    attributes = [(module, type(module), dict(vars(module))) for module in model.modules()]
+    containers = {id(value): (value, copy.copy(value)) for *_, found in attributes for value in _containers(found)}
     renormed = [  # embeddings whose forward pass shortens rows of the weight in place
         (module.weight, module.weight.detach().clone())
         for module in model.modules()
@@ -58,12 +62,37 @@ def state_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for module, name, buffer in buffers:
             module._buffers[name] = buffer
-        for module, flag in training.items():
-            module.training = flag
+        for container, items in containers.values():
+            _put_back(container, items)
+        for module, kind, found in attributes:
+            if type(module) is kind:  # a lazy one has become another module
+                _put_back(vars(module), found)
         with torch.no_grad():
             for weight, before in renormed:
                 if not torch.equal(weight, before):
                     weight.copy_(before)
+
+
+def _containers(attributes: dict[str, Any]) -> list[Any]:
+    """Lists, dicts and sets, but for those in which torch keeps a module's parts."""
+    return [value for name, value in attributes.items() if type(value) in (list, dict, set) and name not in _PARTS]
+
+
+_PARTS = frozenset(vars(nn.Module()))
+
+
+def _put_back(container: Any, items: Any) -> None:
+    """The very items that a list, dict or set had, unless it still has them."""
+    if type(container) is dict:
+        if container.keys() == items.keys() and all(container[name] is value for name, value in items.items()):
+            return
+        container.clear()
+        container.update(items)
+    elif type(container) is set:
+        container.clear()
+        container.update(items)
+    elif len(container) != len(items) or any(a is not b for a, b in zip(container, items, strict=True)):
+        container[:] = items
 
 
 @contextlib.contextmanager

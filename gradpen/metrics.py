@@ -201,6 +201,7 @@ class GeneralizationGap(WrapperMetric):
         self.train_metric = metric.clone()
         self.held_out_metric = metric.clone()
         self._seen: set[str] = set()
+        self._is_saved = False
         self._latest: dict[str, Any] = {}  # value of the last batch by split
 
     @property
@@ -209,9 +210,17 @@ class GeneralizationGap(WrapperMetric):
         better = self.train_metric.higher_is_better
         return None if better is None else not better
 
-    def update(self, preds: Any, target: Any, split: str) -> None:
-        """Add one batch of the training or of the held-out data: ``split="train"`` or ``"held_out"``."""
-        self._metric_of(split).update(preds, target)
+    def update(self, *args: Any, split: str | None = None, **kwargs: Any) -> None:
+        """Add one batch of the training or of the held-out data: ``split="train"`` or ``"held_out"``.
+
+        Args:
+            *args: what the metric takes, such as predictions and targets; the last one is `split` if that is not named.
+            split: which data the batch is of.
+            **kwargs: what the metric takes by name.
+        """
+        args, split = _split_of(args, split)
+        metric = self._metric_of(split)
+        metric.update(*args, **metric._filter_kwargs(**kwargs))
         self._seen.add(split)
 
     def compute(self) -> Tensor:
@@ -222,9 +231,11 @@ class GeneralizationGap(WrapperMetric):
         gap = _generalization_gap_compute(*[metric.compute() for metric in self._metrics])
         return gap if seen else torch.full_like(gap, torch.nan)
 
-    def forward(self, preds: Any, target: Any, split: str) -> Tensor:
-        """Add one batch, and the gap between the latest batches of the two splits."""
-        value = self._metric_of(split)(preds, target)
+    def forward(self, *args: Any, split: str | None = None, **kwargs: Any) -> Tensor:
+        """Add one batch, as `update` does, and the gap between the latest batches of the two splits."""
+        args, split = _split_of(args, split)
+        metric = self._metric_of(split)
+        value = metric(*args, **metric._filter_kwargs(**kwargs))
         self._seen.add(split)
         self._latest[split] = value
         gap = _generalization_gap_compute(*[self._latest.get(name, value * torch.nan) for name in SPLITS])
@@ -252,8 +263,24 @@ class GeneralizationGap(WrapperMetric):
 
     def persistent(self, mode: bool = False) -> None:
         """Whether the states of both are part of ``state_dict``."""
+        self._is_saved = mode
         for metric in self._metrics:
             metric.persistent(mode)
+
+    def state_dict(  # type: ignore[override]  # torch's older signature
+        self, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
+    ) -> dict[str, Any]:
+        """The states of both, if they are persistent, and which of them have seen anything."""
+        found: dict[str, Any] = super().state_dict(destination, prefix, keep_vars)
+        if self._is_saved:
+            found[prefix + "seen"] = torch.tensor([split in self._seen for split in SPLITS])
+        return found
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        seen = state_dict.pop(prefix + "seen", None)
+        if seen is not None:
+            self._seen = {split for split, is_seen in zip(SPLITS, seen.tolist(), strict=True) if is_seen}
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def set_dtype(self, dst_type: str | torch.dtype) -> GeneralizationGap:
         """Convert the states of both."""
@@ -272,6 +299,14 @@ class GeneralizationGap(WrapperMetric):
     def _metric_of(self, split: str) -> Metric:
         _checks.check_choice("split", split, SPLITS)
         return self.train_metric if split == "train" else self.held_out_metric
+
+
+def _split_of(args: tuple[Any, ...], split: str | None) -> tuple[tuple[Any, ...], str]:
+    if split is None:
+        if not args or not isinstance(args[-1], str):
+            raise TypeError(f"expected split= to be one of {', '.join(map(repr, SPLITS))}, got none")
+        args, split = args[:-1], args[-1]
+    return args, split
 
 
 def _geometric_complexity_update(model: nn.Module, x: Any) -> tuple[Tensor, Tensor]:

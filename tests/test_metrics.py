@@ -21,6 +21,7 @@ from torchmetrics import MeanSquaredError, Metric, MetricCollection
 from torchmetrics.classification import BinaryAUROC, MulticlassAccuracy, MulticlassStatScores
 from torchmetrics.utilities.checks import check_forward_full_state_property
 
+from gradpen.functional import param_grad_sq_norm
 from gradpen.metrics import GeneralizationGap, GeometricComplexity, InequalityTightness, ParamGradSqNorm
 
 matplotlib.use("Agg")
@@ -265,11 +266,26 @@ def test_the_gap_merges_pickles_and_persists():
         empty.merge_state({})
     assert not first.state_dict()
     first.persistent(True)
-    assert {key.split(".")[0] for key in first.state_dict()} == {"train_metric", "held_out_metric"}
-    copy = first.clone()
-    copy.reset()
+    assert {key.split(".")[0] for key in first.state_dict()} == {"train_metric", "held_out_metric", "seen"}
+    copy = accuracy_gap()
+    copy.persistent(True)
     copy.load_state_dict(first.state_dict())
-    assert torch.equal(copy.train_metric.tp, first.train_metric.tp)
+    assert torch.equal(copy.compute(), first.compute()) and not copy.compute().isnan()
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_the_gap_takes_what_the_metric_takes(named):
+    gap = GeneralizationGap(ParamGradSqNorm().set_dtype(torch.float64))
+    for split, rows in (("train", slice(0, 4)), ("held_out", slice(4, 9))):
+        batch = (MODEL, X[rows], Y[rows])
+        if named:
+            gap.update(model=batch[0], x=batch[1], y=batch[2], split=split, other=None)
+        else:
+            gap.update(*batch, split)
+    expected = [param_grad_sq_norm(MODEL, X[rows], Y[rows]).mean() for rows in (slice(0, 4), slice(4, 9))]
+    torch.testing.assert_close(gap.compute(), (expected[0] - expected[1]).detach())
+    with pytest.raises(TypeError, match="expected split= to be one of 'train', 'held_out', got none"):
+        gap.update(*batch)
 
 
 def test_the_gaps_states_move():

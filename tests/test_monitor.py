@@ -27,7 +27,8 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning_cases import DATA, Plain
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SubsetRandomSampler, TensorDataset
+from torchmetrics import MeanMetric
 
 from gradpen import evaluate_inequality
 from gradpen.callbacks import InequalityMonitor, monitor
@@ -70,6 +71,30 @@ class Compiled(Noting):
     def __init__(self) -> None:
         super().__init__()
         self.net = torch.compile(self.net, backend="eager")
+
+
+class Carrying(Noting):
+    """State of its own kinds: an attribute that is set anew, a list, a metric, and logs from within ``forward``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.carry: torch.Tensor | None = None
+        self.calls: list[bool] = []
+        self.activity = MeanMetric()
+
+    def forward(self, x):
+        h = self.net[0](x)
+        h = h if self.carry is None else h + 0.1 * self.carry
+        self.carry = h.detach().mean(0)
+        self.calls.append(self.training)
+        self.activity.update(self.carry)
+        self.log("carry", self.carry.mean())
+        self.log_dict({"activity": self.activity}, on_step=False, on_epoch=True)
+        return self.net[1:](h)
+
+    def training_step(self, batch, batch_idx):
+        self.seen += batch[0].sum(1).tolist()
+        return F.cross_entropy(self(batch[0]), batch[1])
 
 
 class Snapshots(lightning.Callback):
@@ -167,6 +192,8 @@ def traces(module_class, callbacks, tmp_path, loader_options=None, compiled=Fals
         "numpy": np.random.get_state()[1].tolist(),
         "python": random.getstate(),
         "order": module.seen,
+        "attributes": [getattr(module, "calls", None), str(getattr(module, "carry", None))],
+        "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
         "modes": [child.training for child in module.modules()],
         "hooks": [len(child._forward_hooks) for child in module.modules()],
         "gradients": [None if p.grad is None else p.grad.tolist() for p in module.parameters()],
@@ -223,6 +250,85 @@ def test_it_says_what_the_evaluation_says_and_changes_nothing(case, tmp_path):
             parameter.data = value
         expected = network_values(evaluate_inequality(net, x.to(value.dtype), y))
         assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-6), row["step"]
+
+
+def test_state_that_is_neither_weight_nor_buffer_is_put_back(tmp_path):
+    alone = traces(Carrying, [], tmp_path / "alone")
+    watched = traces(Carrying, [InequalityMonitor(every_n_steps=1, num_samples=16)], tmp_path / "watched")
+    assert alone == watched
+    assert len(alone["attributes"][0]) == 12
+
+
+class Merging(nn.Linear):
+    """Adds a product of thin matrices to its weight in eval mode, as LoRA does."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.thin, self.flat = nn.Parameter(torch.randn(outputs, 2)), nn.Parameter(torch.randn(2, inputs))
+        self.is_merged = False
+
+    def train(self, mode=True):
+        if self.is_merged == mode:
+            self.weight.data += (self.thin @ self.flat).data * (-1 if mode else 1)
+            self.is_merged = not mode
+        return super().train(mode)
+
+    def forward(self, x):
+        return F.linear(x, self.weight if self.is_merged else self.weight + self.thin @ self.flat, self.bias)
+
+
+class OfMerging(Noting):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[0] = Merging(12, 10)
+
+
+def test_what_a_module_does_in_eval_is_not_done(tmp_path):
+    options = {"limit_val_batches": 0}
+    alone = traces(OfMerging, [], tmp_path / "alone", **options)
+    assert traces(OfMerging, [InequalityMonitor(num_samples=16)], tmp_path / "watched", **options) == alone
+
+
+class OfFactory(Plain):
+    """A forward pass that makes a tensor of the default type."""
+
+    def forward(self, x):
+        return self.net(x @ torch.eye(12))
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+
+def test_the_trainers_precision_is_that_of_a_check(tmp_path):
+    found = InequalityMonitor(num_samples=16)
+    run(OfFactory(), [found], tmp_path, precision="64-true")
+    assert steps(found) == [0, 12]
+
+
+class Outside(Plain):
+    """The network is no part of the module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nets = [self.net]
+        del self.net
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.nets[0](batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        return None
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.nets[0].parameters(), 1e-2)
+
+
+def test_a_network_outside_of_the_module_is_looked_at_in_eval_mode(tmp_path):
+    module, found = Outside(), InequalityMonitor(num_samples=16, model=lambda module: module.nets[0])
+    run(module, [found], tmp_path)
+    assert all(part.training for part in module.nets[0].modules())
+    x, y = DATA[probe_rows(16)]
+    torch.testing.assert_close(found.report.lhs, evaluate_inequality(module.nets[0].eval(), x, y).lhs)
 
 
 def test_all_names_are_kept_for_every_layer(tmp_path):
@@ -297,6 +403,17 @@ def test_two_optimiser_steps_in_one_batch_skip_no_check(tmp_path):
 def test_unknown_options_are_refused_at_once(options, error, message):
     with pytest.raises(error, match=message):
         InequalityMonitor(**options)
+
+
+def test_steps_may_come_from_an_iterator():
+    found = InequalityMonitor(at=(step for step in (2, 4)))
+    assert found.schedule.names_any(range(2, 3)) and found.schedule.names_any(range(4, 5))
+
+
+@pytest.mark.parametrize("probe", [DATA, DATA.tensors[0], (*DATA.tensors, 1), None])
+def test_a_probe_that_is_no_pair_is_refused_at_once(probe):
+    with pytest.raises(ValueError, match=r"probe must be .* a pair .x, y., or a dict .* got (Tensor|3 items|NoneType)"):
+        InequalityMonitor(probe=probe)
 
 
 def test_schedules_say_what_they_are():
@@ -389,6 +506,83 @@ def test_an_endless_training_stream_needs_no_length(tmp_path):
     found = InequalityMonitor(every_n_steps=2, num_samples=8)
     run(Plain(), [found], tmp_path, train=DataLoader(Stream(), 16), max_epochs=1)
     assert steps(found) == [0, 2, 4, 6]
+
+
+def test_an_endless_training_stream_may_end_by_steps(tmp_path, caplog):
+    class Endless(IterableDataset):
+        def __iter__(self):
+            while True:
+                yield from DATA
+
+    found = InequalityMonitor(every_n_epochs=1, every_n_steps=4, probe=DATA[:8])
+    with caplog.at_level(logging.INFO):
+        run(Plain(), [found], tmp_path, train=DataLoader(Endless(), 16), max_epochs=-1, max_steps=10)
+    assert steps(found) == [0, 4, 8, 10] and "4 in 10 steps" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["sampler", "batch sampler"])
+def test_the_probe_is_drawn_from_what_the_sampler_is_made_for(kind, tmp_path):
+    """One data set for both sets, told apart by samplers."""
+    rows = DATA.tensors[0].clone()
+    rows[:48] = 7
+    data, held_out = TensorDataset(rows, DATA.tensors[1]), SubsetRandomSampler(range(48, 96))
+    options = {"sampler": held_out, "batch_size": 16} if kind == "sampler" else {}
+    options = options or {"batch_sampler": BatchSampler(held_out, 16, drop_last=False)}
+    found = InequalityMonitor(num_samples=32)
+    train = DataLoader(data, 16, sampler=SubsetRandomSampler(range(48)))
+    run(Plain(), [found], tmp_path, train=train, val=DataLoader(data, **options))
+    assert not (found._drawn[0] == 7).all(1).any() and len(found._drawn[0]) == 32
+    assert not (draw_probe(train, 32, seed=0)[0] != 7).any()
+
+
+def test_data_without_numbered_items_is_refused():
+    class Named(Dataset):
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, name):
+            return DATA[{"a": 0}[name]]
+
+    with pytest.raises(
+        ValueError, match=r"items have the numbers 0, 1, 2.*got KeyError: 0 for item 0 of Named.*probe="
+    ):
+        draw_probe(DataLoader(Named(), 2), 4, seed=0)
+
+
+def test_an_empty_validation_set_is_none(tmp_path, caplog):
+    found = InequalityMonitor(num_samples=8)
+    empty = DataLoader(TensorDataset(*[tensor[:0] for tensor in DATA.tensors]), 16)
+    with caplog.at_level(logging.INFO):
+        run(Plain(), [found], tmp_path, val=empty)
+    assert steps(found) == [0, 12] and "of the training set" in caplog.text
+
+
+class OfPairs(Plain):
+    """A step gets a batch of each of two loaders."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch["a"], batch_idx)
+
+
+def test_of_several_training_loaders_the_probe_is_of_each(tmp_path):
+    loaders = {"a": DataLoader(DATA, 16), "b": DataLoader(DATA, 4)}
+    found = InequalityMonitor(num_samples=8, inputs=lambda b: b["a"][0], targets=lambda b: b["a"][1])
+    run(OfPairs(), [found], tmp_path, train=loaders, val=[])
+    assert torch.equal(found._drawn[0], DATA[probe_rows(8)][0])
+
+
+class Augmenting(Plain):
+    """Samples are changed while the trainer trains."""
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return (batch[0] + 3 * (self.trainer.training or self.training), batch[1])
+
+
+def test_samples_of_the_validation_set_go_through_hooks_as_in_validation(tmp_path):
+    for probe, added in (("val", 0), ("train", 3)):
+        module, found = Augmenting(), InequalityMonitor(num_samples=8, probe=probe)
+        run(module, [found], tmp_path / probe)
+        assert torch.equal(found._drawn[0], DATA[probe_rows(8)][0] + added)
 
 
 class OwnLoaders(Noting):
@@ -706,6 +900,22 @@ def test_another_probe_after_a_resume_is_told(tmp_path):
     other = DataLoader(TensorDataset(DATA.tensors[0] + 1e-3, DATA.tensors[1]), 16)
     with pytest.warns(UserWarning, match="the probe is not the one of the checks that the checkpoint brings along"):
         run(Plain(), [InequalityMonitor(num_samples=16)], tmp_path, val=other, ckpt_path=tmp_path / "end.ckpt")
+
+
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_a_checkpoint_that_is_only_looked_at_leaves_the_history(stage, tmp_path):
+    found = InequalityMonitor(every_n_steps=2, num_samples=8)
+    saved = ModelCheckpoint(tmp_path, filename="early", every_n_train_steps=4, save_top_k=1)
+    trainer = run(Plain(), [found, saved], tmp_path)
+    before = [dict(row) for row in found.history]
+    getattr(trainer, stage)(Plain(), DataLoader(DATA, 16), ckpt_path=saved.best_model_path, verbose=False)
+    assert found.history == before and steps(found)[-1] == 12
+
+
+def test_the_last_check_belongs_to_the_last_epoch(tmp_path):
+    found = InequalityMonitor(every_n_steps=5, num_samples=8)
+    run(Plain(), [found], tmp_path)
+    assert [(row["step"], row["epoch"]) for row in whole(found)] == [(0, 0), (5, 0), (10, 1), (12, 1)]
 
 
 def test_a_second_fit_starts_afresh(tmp_path):

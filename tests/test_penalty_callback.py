@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
+import pickle
 import signal
 from typing import NamedTuple
 
@@ -626,18 +628,72 @@ def test_modules_that_cannot_be_penalised(make, words):
         train(make(), penalties())
 
 
+class Both(NamedTuple):
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+class Autoencoder(Smooth):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(12, 4), nn.Tanh(), nn.Linear(4, 12))
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch.values() if isinstance(batch, dict) else batch
+        return F.mse_loss(self.net(x), y)
+
+
 @pytest.mark.parametrize(
     ("batch", "error", "words"),
     [
+        ((X, Y, Y), ValueError, "got 3 items: give inputs="),
         (TOKENS, TypeError, "floating-point input .* got torch.int64: .* or use ParamGradPenalty"),
         (Opaque(X, Y), ValueError, "expected a batch .x, y. or a dict, got Opaque: give inputs="),
-        ((X, Y, Y), ValueError, "got 3 items: give inputs="),
     ],
-    ids=["integers", "opaque", "triple"],
+    ids=["triple", "integers", "opaque"],
 )
 def test_batches_without_an_input(batch, error, words):
     with pytest.raises(error, match=words):
         train(Smooth(), penalties(), batches=[batch])
+
+
+@pytest.mark.parametrize("make", [lambda x: (x, x), lambda x: [x, x], lambda x: {"x": x, "y": x}, lambda x: Both(x, x)])
+def test_a_target_that_is_the_input_itself_is_no_input(make):
+    """An autoencoder: nothing leads to the target."""
+    module = Autoencoder()
+    train(module, penalties(), batches=[make(X)])
+    logged = module.trainer.callback_metrics["penalty/input"]
+    x = X.clone().requires_grad_()
+    loss = F.mse_loss(module.net(x), X)
+    (gradient,) = torch.autograd.grad(loss * len(X), x)
+    torch.testing.assert_close(logged, gradient.square().sum(1).mean())
+
+
+def test_a_validation_step_may_call_training_step(tmp_path):
+    class Both(Smooth):
+        def validation_step(self, batch, batch_idx):
+            self.log("val", self.training_step(batch, batch_idx))
+
+    module, trainer = fit(Both, [penalties()], tmp_path)
+    loss = F.cross_entropy(module.net(DATA.tensors[0]), DATA.tensors[1])
+    torch.testing.assert_close(trainer.callback_metrics["val"], loss.detach())
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies_of_a_module_that_is_trained_have_its_own_step(how):
+    class Copying(lightning.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            step = pl_module.training_step
+            self.copy = copy.deepcopy(pl_module) if how == "deepcopy" else pickle.loads(pickle.dumps(step)).__self__
+
+    callback, module = Copying(), Smooth()
+    train(module, callback, penalties())
+    found = callback.copy
+    assert found is not module
+    found.lr = 0.1
+    before = found.net[0].weight.detach().clone()
+    train(found)
+    assert not torch.equal(found.net[0].weight, before) and "penalty/input" not in found.trainer.callback_metrics
 
 
 def test_a_batch_that_cannot_be_taken_apart():

@@ -113,5 +113,7 @@ def _last_step(trainer: Trainer) -> int | None:
     return int(steps) if math.isfinite(steps) and steps > 0 else None
 
 
-def _steps_per_epoch(trainer: Trainer) -> int:
-    return max(1, math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches))
+def _steps_per_epoch(trainer: Trainer) -> int | None:
+    """None if nobody knows how long an epoch is: a stream."""
+    steps = trainer.num_training_batches / trainer.accumulate_grad_batches
+    return max(1, math.ceil(steps)) if math.isfinite(steps) else None

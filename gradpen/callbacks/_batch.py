@@ -25,8 +25,8 @@ def split_batch(batch: Any, inputs: Getter, targets: Getter) -> tuple[Any, Any]:
     Raises:
         ValueError: if the batch has another form and no getter says what to take.
     """
-    x = _get(batch, inputs) if inputs is not None else _find(batch, 0, _INPUT_KEYS, "inputs")
-    y = _get(batch, targets) if targets is not None else _find(batch, 1, _TARGET_KEYS, "targets")
+    x = _get(batch, inputs, "inputs") if inputs is not None else _find(batch, 0, _INPUT_KEYS, "inputs")
+    y = _get(batch, targets, "targets") if targets is not None else _find(batch, 1, _TARGET_KEYS, "targets")
     return x, y
 
 
@@ -79,20 +79,44 @@ def find_criterion(module: nn.Module, criterion: Any, y: Any) -> tuple[Callable[
     )
 
 
-def _get(batch: Any, getter: str | int | Callable[[Any], Any]) -> Any:
-    return getter(batch) if callable(getter) else batch[getter]
+def input_place(batch: Any, inputs: Getter) -> Any:
+    """Key or index of x in the batch; None if only a callable knows.
+
+    Raises:
+        ValueError: as `split_batch`.
+    """
+    if callable(inputs):
+        return None
+    return _place(batch, 0, _INPUT_KEYS, "inputs") if inputs is None else inputs
+
+
+def _get(batch: Any, getter: str | int | Callable[[Any], Any], argument: str) -> Any:
+    if callable(getter):
+        return getter(batch)
+    try:
+        return batch[getter]
+    except (TypeError, KeyError, IndexError) as error:
+        form = f"the keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else f"{type(batch).__name__}"
+        length = f" of {len(batch)} items" if isinstance(batch, (tuple, list)) else ""
+        raise ValueError(
+            f"expected a batch with an item {getter!r}, as {argument}= says, got {form}{length}"
+        ) from error
 
 
 def _find(batch: Any, position: int, keys: Sequence[str], argument: str) -> Any:
+    return batch[_place(batch, position, keys, argument)]
+
+
+def _place(batch: Any, position: int, keys: Sequence[str], argument: str) -> Any:
     if isinstance(batch, Mapping):
         found = [key for key in keys if key in batch]
         if len(found) == 1:
-            return batch[found[0]]
+            return found[0]
         raise ValueError(
             f"expected exactly one of the keys {', '.join(keys)} in a batch dict, got {sorted(map(str, batch))}: give "
             f"{argument}='key' or a callable of the batch"
         )
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
-        return batch[position]
+        return position
     came = f"{len(batch)} items" if isinstance(batch, (tuple, list)) else type(batch).__name__
     raise ValueError(f"expected a batch (x, y) or a dict, got {came}: give {argument}=index or a callable of the batch")

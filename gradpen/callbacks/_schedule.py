@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from gradpen import _checks
@@ -23,7 +23,7 @@ class Schedule:
 
     every_n_steps: int | None = None
     every_n_epochs: int | None = None
-    at: Collection[int] | Callable[[int], bool] | None = None
+    at: Iterable[int] | Callable[[int], bool] | None = None
 
     def __post_init__(self) -> None:
         """Refuse what would never, or always, be due."""
@@ -32,6 +32,12 @@ class Schedule:
                 _checks.check_positive_int(name, getattr(self, name))
         if self.at is None or callable(self.at):
             return
+        if not isinstance(self.at, Iterable):
+            raise ValueError(
+                f"at must name optimiser steps, such as [0, 10], or be a callable step → bool, got {self.at!r}"
+            )
+        if not isinstance(self.at, Collection):  # an iterator, which can be read once
+            object.__setattr__(self, "at", tuple(self.at))
         wrong = [step for step in self.at if isinstance(step, bool) or not isinstance(step, int) or step < 0]
         if wrong:
             raise ValueError(f"at must name optimiser steps, ints >= 0, or be a callable step → bool, got {wrong[0]!r}")
@@ -44,14 +50,17 @@ class Schedule:
         """Whether a check is due at the end of the epoch with this index."""
         return self.every_n_epochs is not None and (epoch + 1) % self.every_n_epochs == 0
 
-    def count(self, start: int, end: int, steps_per_epoch: int) -> int | None:
-        """How many steps it names after `start`, the end included; None if only a callable knows."""
+    def count(self, start: int, end: int, steps_per_epoch: int | None) -> int | None:
+        """How many steps it names after `start`, the end included; None if only a callable knows.
+
+        `steps_per_epoch` is None if an epoch does not end.
+        """
         if callable(self.at):
             return None
         steps = {end, *(self.at or ())}
         if self.every_n_steps is not None:
             steps.update(range(0, end + 1, self.every_n_steps))
-        if self.every_n_epochs is not None:
+        if self.every_n_epochs is not None and steps_per_epoch is not None:
             steps.update(range(0, end + 1, self.every_n_epochs * steps_per_epoch))
         return sum(start < step <= end for step in steps)
 

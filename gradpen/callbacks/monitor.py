@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -12,17 +13,18 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from torchmetrics import Metric
 
 from gradpen import _checks
 from gradpen.callbacks import _shards
 from gradpen.callbacks._announcement import Cost, announcement, describe_part, function_name
 from gradpen.callbacks._batch import Getter, find_criterion, find_model, split_batch
 from gradpen.callbacks._lightning import Callback
-from gradpen.callbacks._probe import draw_probe, fingerprint, probe_loader
+from gradpen.callbacks._probe import VALIDATION_SET, draw_probe, fingerprint, probe_loader
 from gradpen.callbacks._schedule import Schedule
 from gradpen.history import BY_LAYER, Row, flat_metrics, report_rows, write_csv
 from gradpen.inequality import NotFiniteError, evaluate_inequality
-from gradpen.isolation import random_streams_kept, untouched
+from gradpen.isolation import random_streams_kept, state_kept, untouched
 from gradpen.layer_norms import NORMS
 from gradpen.plotting import plot_history
 from gradpen.report import InequalityReport
@@ -121,8 +123,7 @@ class InequalityMonitor(Callback):
         _checks.check_choice("norm", norm, NORMS)
         _checks.check_choice("by_layer", by_layer, BY_LAYER)
         _checks.check_choice("on_violation", on_violation, ("warn", "raise", "ignore"))
-        if isinstance(probe, str):
-            _checks.check_choice("probe", probe, ("val", "train"))
+        _check_probe(probe)
         self.num_samples = num_samples
         self.probe = probe
         self.seed = seed
@@ -148,6 +149,8 @@ class InequalityMonitor(Callback):
         self._trained = False  # the history is that of training
         self._unscheduled_step: int | None = None
         self._seen_step = 0
+        self._epoch = 0  # that the last batch belonged to
+        self._stage: str | None = None
         self._cost: Cost | None = None
 
     @classmethod
@@ -199,6 +202,7 @@ class InequalityMonitor(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse strategies under which a process does not hold the whole model."""
+        self._stage = stage
         strategy = type(trainer.strategy).__name__
         if any(word in strategy for word in ("FSDP", "DeepSpeed", "ModelParallel")):
             raise _shards.sharded_error(strategy)
@@ -209,9 +213,9 @@ class InequalityMonitor(Callback):
         self._drawn = None
         step = trainer.global_step
         if step == 0:
-            self.history.clear()
+            self.history = []  # the earlier run's may be in somebody's hands
             self._fingerprint = None
-        self._trained, self._seen_step = True, step
+        self._trained, self._seen_step, self._epoch = True, step, trainer.current_epoch
         evaluated = self._evaluate(trainer, pl_module)
         self._compare_with_earlier(fingerprint(self._drawn))
         if evaluated is None:
@@ -231,7 +235,7 @@ class InequalityMonitor(Callback):
         The end of an epoch is seen here, and not in ``on_train_epoch_end``: validation may write a checkpoint before that.
         """
         new_steps = range(self._seen_step + 1, trainer.global_step + 1)  # none while gradients accumulate
-        self._seen_step = trainer.global_step
+        self._seen_step, self._epoch = trainer.global_step, trainer.current_epoch
         ends_epoch = trainer.is_last_batch and self.schedule.names_epoch(trainer.current_epoch)
         if self.schedule.names_any(new_steps) or ends_epoch:
             self._check(trainer, pl_module)
@@ -268,7 +272,9 @@ class InequalityMonitor(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Put the history back."""
+        """Put the history back; not if that of a training is there and a checkpoint is only validated or tested."""
+        if self._trained and self._stage not in (None, "fit"):
+            return
         self.history = [dict(row) for row in state_dict["history"]]
         self._unscheduled_step = state_dict["unscheduled_step"]
         self._fingerprint = state_dict["probe"]
@@ -326,16 +332,19 @@ class InequalityMonitor(Callback):
 
     def _evaluate_finite(self, trainer: Trainer, pl_module: LightningModule) -> tuple[InequalityReport, float]:
         _shards.refuse_sharded(pl_module)
-        with untouched(pl_module):
+        with trainer.precision_plugin.forward_context(), untouched(pl_module), ExitStack() as stack:
             x, y = self._probe_of(trainer, pl_module)
             started = time.perf_counter()
-            pl_module.eval()
+            part = find_model(pl_module, self.model)
+            stack.enter_context(state_kept(part))  # which need not lie within the module
+            _in_eval_mode(pl_module, part)
+            _without_records(pl_module)
             criterion, _ = find_criterion(pl_module, self.criterion, y)
             evaluate: Callable[..., InequalityReport] = evaluate_inequality
             if _shards.num_processes() > 1:
                 _shards.take_buffers_of_first_process(pl_module)
                 evaluate = _shards.evaluate_shared
-            report = evaluate(find_model(pl_module, self.model), x, y, criterion=criterion, **self._settings)
+            report = evaluate(part, x, y, criterion=criterion, **self._settings)
             float(report.lhs.sum())  # waits for the device
             return report, time.perf_counter() - started
 
@@ -345,7 +354,7 @@ class InequalityMonitor(Callback):
             if isinstance(self.probe, str):
                 loader, self._drawn_from = probe_loader(trainer, self.probe)
                 batch = draw_probe(loader, self.num_samples, self.seed)
-                with random_streams_kept(self.seed):
+                with random_streams_kept(self.seed), _validating(trainer, pl_module, self._drawn_from):
                     batch = _as_for_a_step(trainer, pl_module, batch)
             else:
                 self._drawn_from = "given"
@@ -366,7 +375,8 @@ class InequalityMonitor(Callback):
         self._fingerprint = digest
 
     def _rows(self, trainer: Trainer, report: InequalityReport) -> list[Row]:
-        return report_rows(report, step=trainer.global_step, epoch=trainer.current_epoch, by_layer=self.by_layer)
+        epoch = self._epoch if trainer.state.fn == "fit" else trainer.current_epoch  # which has moved on at the end
+        return report_rows(report, step=trainer.global_step, epoch=epoch, by_layer=self.by_layer)
 
     def _keep(self, trainer: Trainer, report: InequalityReport) -> None:
         """Remember and publish one check."""
@@ -407,6 +417,49 @@ class InequalityMonitor(Callback):
             cost=cost,
             report=report,
         )
+
+
+def _check_probe(probe: Any) -> None:
+    if isinstance(probe, str):
+        _checks.check_choice("probe", probe, ("val", "train"))
+    elif not isinstance(probe, Mapping) and not (isinstance(probe, (tuple, list)) and len(probe) == 2):
+        came = f"{len(probe)} items" if isinstance(probe, (tuple, list)) else type(probe).__name__
+        raise ValueError(
+            f'probe must be "val", "train", a pair (x, y), or a dict such as the data loaders give, got {came}'
+        )
+
+
+def _in_eval_mode(*modules: nn.Module) -> None:
+    """By the flags alone: what a module of its own kind does in ``eval()``, it would not undo when the flag is put back."""
+    for module in modules:
+        for part in module.modules():
+            part.training = False
+
+
+def _without_records(pl_module: LightningModule) -> None:
+    """What ``forward`` logs, and the metrics that it feeds, know nothing of a check. All this is put back after it."""
+    for name in ("log", "log_dict"):
+        vars(pl_module)[name] = _ignored
+    for metric in (module for module in pl_module.modules() if isinstance(module, Metric)):
+        for name in metric._defaults:
+            state = getattr(metric, name)
+            setattr(metric, name, state.clone() if isinstance(state, Tensor) else list(state))
+
+
+def _ignored(*_: Any, **__: Any) -> None:
+    """Takes the place of a function that leaves a trace."""
+
+
+@contextmanager
+def _validating(trainer: Trainer, pl_module: LightningModule, drawn_from: str) -> Iterator[None]:
+    """Samples of the validation set go through hooks as they do in validation, also while the trainer is training."""
+    stage, training = trainer.state.stage, pl_module.training
+    if drawn_from == VALIDATION_SET and trainer.training:
+        trainer.validating, pl_module.training = True, False
+    try:
+        yield
+    finally:
+        trainer.state.stage, pl_module.training = stage, training
 
 
 def _as_for_a_step(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from gradpen import _checks
 from gradpen._numerics import divide_or_zero
-from gradpen.callbacks._batch import Getter, find_model, split_batch
+from gradpen.callbacks._batch import Getter, find_model, input_place, split_batch
 from gradpen.callbacks._lightning import Callback
 from gradpen.evaluation import evaluate_loss_terms
 from gradpen.penalties import GradPenalty
@@ -43,6 +44,8 @@ class GradPenaltyCallback(Callback):
     ``over="batch"`` is the mean over micro-batches. Data-parallel processes are like micro-batches: the per-sample penalties
     equal those of the whole batch, and ``over="batch"`` is the mean of the processes' penalties, which differs from that of
     the whole batch. Under automatic mixed precision the penalties are those of the loss before it is scaled.
+
+    While the module is in eval mode (frozen statistics), no step is left out, and every weight counts as it is.
 
     Logged are ``penalty/<name>``, the unweighted R, and ``penalty/share_of_loss``, Σ weight·R over the whole loss.
 
@@ -109,14 +112,6 @@ class GradPenaltyCallback(Callback):
         self._unwrap()
         _check_run(trainer, pl_module)
         own = pl_module.__dict__.get("training_step")
-        step = pl_module.training_step
-
-        @functools.wraps(step)
-        def penalized_step(batch: Any, *args: Any, **kwargs: Any) -> Any:
-            return self._penalized(trainer, pl_module, lambda fed: step(fed, *args, **kwargs), batch)
-
-        # Lightning looks behind one decorator for the signature: a step that has one of its own must stay as it was seen
-        penalized_step.__wrapped__ = getattr(step, "__wrapped__", step)
 
         def put_back() -> None:
             if own is None:
@@ -124,7 +119,7 @@ class GradPenaltyCallback(Callback):
             else:
                 pl_module.__dict__["training_step"] = own
 
-        pl_module.__dict__["training_step"] = penalized_step
+        pl_module.__dict__["training_step"] = _PenalizedStep(self, trainer, pl_module)
         self._put_back = put_back
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -146,6 +141,8 @@ class GradPenaltyCallback(Callback):
 
     def _penalized(self, trainer: Trainer, pl_module: LightningModule, step: Callable[[Any], Any], batch: Any) -> Any:
         """What ``training_step`` returns, with the penalties added to its loss."""
+        if not trainer.training:  # a validation step may call it
+            return step(batch)
         due = self._due(trainer.global_step, pl_module)
         if not due:
             return step(batch)
@@ -186,6 +183,35 @@ class GradPenaltyCallback(Callback):
             except ValueError:  # the rows are then checked by their shapes
                 return None
         return find_model(pl_module, self.model)
+
+
+class _PenalizedStep:
+    """``training_step`` with penalties. Copies of the module, pickled or not, have the step that it had before."""
+
+    def __init__(self, callback: GradPenaltyCallback, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._callback, self._trainer, self._module = callback, trainer, pl_module
+        self._step = step = pl_module.training_step
+        functools.update_wrapper(self, step)
+        # Lightning looks behind one decorator for the signature: a step that has one of its own must stay as it was seen
+        self.__wrapped__ = getattr(step, "__wrapped__", step)
+
+    def __call__(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """One step."""
+
+        def step(fed: Any) -> Any:
+            return self._step(fed, *args, **kwargs)
+
+        return self._callback._penalized(self._trainer, self._module, step, batch)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self._step, memo)
+
+    def __reduce__(self) -> Any:
+        return _same, (self._step,)
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 def _add_penalties(loss: Tensor, due: Due, all_norms: Sequence[GroupNorms]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -257,6 +283,7 @@ def _check_penalty(penalty: object) -> None:
 def _with_input_gradients(batch: Any, inputs: Getter) -> tuple[Any, Recording]:
     """The batch with floating-point inputs that require grad in place of x, and a recording that starts from these."""
     x, _ = split_batch(batch, inputs, targets=lambda _: None)
+    place = input_place(batch, inputs)
     replaced = {id(tensor): requiring_grad(tensor) for tensor in float_tensors(x)}
     if not replaced:
         raise TypeError(
@@ -270,7 +297,8 @@ def _with_input_gradients(batch: Any, inputs: Getter) -> tuple[Any, Recording]:
         seen.add(id(tensor))
         return replaced.get(id(tensor), tensor)
 
-    fed = apply_to_collection(batch, Tensor, replace)
+    known = place is not None and isinstance(batch, (tuple, list, MutableMapping))
+    fed = _with_item(batch, place, x, replace) if known else apply_to_collection(batch, Tensor, replace)
     if not seen >= set(replaced):
         raise TypeError(
             "expected the input to be an item of a batch of tuples, lists, dicts and dataclasses, so that an alias that "
@@ -279,6 +307,19 @@ def _with_input_gradients(batch: Any, inputs: Getter) -> tuple[Any, Recording]:
         )
     gate = InputGate([alias for given, alias in replaced.items() if id(alias) != given])
     return fed, Recording(None, list(replaced.values()), gate=gate)
+
+
+def _with_item(batch: Any, place: Any, x: Any, replace: Callable[[Tensor], Tensor]) -> Any:
+    """A batch like this one whose x is replaced, and nothing else: a target may be the very tensor that the input is."""
+    replaced = apply_to_collection(x, Tensor, replace)
+    if isinstance(batch, (tuple, list)):
+        items = list(batch)
+        items[place] = replaced
+        make = getattr(type(batch), "_make", type(batch))  # that of named tuples
+        return make(items)
+    fed = copy.copy(batch)
+    fed[place] = replaced
+    return fed
 
 
 def _loss_of(returned: Any) -> Tensor:
