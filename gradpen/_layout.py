@@ -16,12 +16,21 @@ from torch import Tensor
 
 _SAMPLES = range(64, 257)
 _FEWEST_FEATURES = 1024
-_FEW = 16  # rows, which no library takes long to rearrange
+_FEWEST_THREADS = 2
 
 
 def pays_by_feature(rows: Tensor, widths: Sequence[int]) -> bool:
-    """Whether layers of these widths are quicker if the rows between them, as many as here, lie by feature."""
-    return rows.device.type == "cpu" and len(rows) in _SAMPLES and min(widths, default=0) >= _FEWEST_FEATURES
+    """Whether the rows between layers, as many as here and of these widths, are better laid by feature.
+
+    Only weights from one wide layer to another gain, and only where several threads share a product out among them.
+    """
+    return (
+        rows.device.type == "cpu"
+        and len(rows) in _SAMPLES
+        and len(widths) > 1
+        and min(widths) >= _FEWEST_FEATURES
+        and torch.get_num_threads() >= _FEWEST_THREADS
+    )
 
 
 def lies_by_feature(rows: Tensor) -> bool:
@@ -32,11 +41,6 @@ def lies_by_feature(rows: Tensor) -> bool:
 def by_feature(rows: Tensor) -> Tensor:
     """The same rows, by feature."""
     return rows.t().contiguous().t()
-
-
-def one_way(rows: Tensor) -> Tensor:
-    """The same rows, one behind the other if they are few: no product with these gains by another layout."""
-    return rows.contiguous() if len(rows) < _FEW else rows
 
 
 def affine(h: Tensor, weight: Tensor, bias: Tensor | None, *, by_feature: bool) -> Tensor:
@@ -72,20 +76,3 @@ def row_sq_norms(rows: Tensor, out: Tensor | None = None) -> Tensor:
     if lies_by_feature(rows):
         return torch.linalg.vecdot(rows, rows, out=out)
     return torch.linalg.vector_norm(rows, dim=1, out=out).square_()
-
-
-def row_norms(rows: Tensor) -> Tensor:
-    """‖·‖ of every row, not to be differentiated: (B,)."""
-    return row_sq_norms(rows).sqrt() if lies_by_feature(rows) else torch.linalg.vector_norm(rows, dim=1)
-
-
-def selected(rows: Tensor, which: Tensor) -> Tensor:
-    """Some of the rows, lying as all of them do."""
-    return rows.t().index_select(1, which).t() if lies_by_feature(rows) else rows[which]
-
-
-def joined(parts: Sequence[Tensor], *, by_feature: bool) -> Tensor:
-    """Rows of several batches."""
-    if len(parts) == 1:
-        return parts[0]
-    return torch.cat([part.t() for part in parts], 1).t() if by_feature else torch.cat(list(parts))

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from gradpen._layout import by_feature, joined, lies_by_feature, one_way, pays_by_feature, selected, times
 from gradpen._numerics import rounding_tolerance, row_sq_norm, sum_tensors, widest_float
 from gradpen.dense_chain import DenseChain
 from gradpen.spectral import normal_start
@@ -37,8 +36,7 @@ class JacobianOperator:
         part: indices of samples → the operator of these alone, at their share of the cost; None if there is no such thing.
         support: (B, n), False where a row of J_b is known to be 0; None if nothing is known.
         is_identity: J_b = I for every sample (the input itself).
-        by_feature: u is better laid by feature.
-        weights: place of a weight in memory → what all that is built upon this operator share of it.
+        grams: of an identity: place of a weight in memory → products with W Wᵀ, which all that is built upon it share.
     """
 
     gram: MatVec
@@ -49,40 +47,37 @@ class JacobianOperator:
     part: Callable[[Tensor], JacobianOperator] | None = None
     support: Tensor | None = None
     is_identity: bool = False
-    by_feature: bool = False
-    weights: dict[int, SharedWeight] = field(default_factory=dict)
+    grams: dict[int, MatVec] = field(default_factory=dict)
 
     @classmethod
-    def identity(cls, template: Tensor, weights: dict[int, SharedWeight] | None = None) -> JacobianOperator:
+    def identity(cls, template: Tensor, grams: dict[int, MatVec] | None = None) -> JacobianOperator:
         """J_1 = I."""
-        weights = {} if weights is None else weights
+        grams = {} if grams is None else grams
         return cls(
             gram=lambda u: u,
             vjp=lambda u: u,
             template=template,
             columns=template.shape[1],
             widest=template.shape[1],
-            part=lambda rows: cls.identity(template[rows], weights),
+            part=lambda rows: cls.identity(template[rows], grams),
             is_identity=True,
-            weights=weights,
+            grams=grams,
         )
 
     def times_weight(self, weight: Tensor) -> JacobianOperator:
         """W J for a weight (m, n)."""
         template = self.template.new_empty(()).expand(len(self.template), len(weight))
-        shared = self.weights.setdefault(weight.data_ptr(), SharedWeight(weight))  # which keeps the weight
         if self.is_identity:
-            return _shared_jacobian(shared, template, self.weights)
+            gram = self.grams.setdefault(weight.data_ptr(), gram_of(weight))  # which keeps the weight
+            return _shared_jacobian(weight, gram, template)
         part = self.part
         return JacobianOperator(
-            gram=lambda u: shared.push(self.gram(shared.pull(u))),
-            vjp=lambda u: self.vjp(shared.pull(u)),
+            gram=lambda u: self.gram(u @ weight) @ weight.T,
+            vjp=lambda u: self.vjp(u @ weight),
             template=template,
             columns=self.columns,
             widest=max(self.widest, len(weight)),
             part=None if part is None else lambda rows: part(rows).times_weight(weight),
-            by_feature=self.by_feature,
-            weights=self.weights,
         )
 
     def times_diagonal(self, diagonal: Tensor) -> JacobianOperator:
@@ -94,10 +89,8 @@ class JacobianOperator:
             template=self.template,
             columns=self.columns,
             widest=self.widest,
-            part=None if part is None else lambda rows: part(rows).times_diagonal(selected(diagonal, rows)),
+            part=None if part is None else lambda rows: part(rows).times_diagonal(diagonal[rows]),
             support=diagonal != 0,
-            by_feature=lies_by_feature(diagonal),
-            weights=self.weights,
         )
 
     def restricted(self, rows: Tensor) -> JacobianOperator:
@@ -125,53 +118,30 @@ class JacobianOperator:
             yield unit
 
 
-class SharedWeight:
-    """W (m, n), which the rows of many samples are multiplied with again and again."""
-
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = weight
-
-    def push(self, u: Tensor) -> Tensor:
-        """U ↦ u Wᵀ."""
-        return times(u, self.weight.t())
-
-    def pull(self, u: Tensor) -> Tensor:
-        """U ↦ u W."""
-        return times(u, self._by_column if lies_by_feature(u) else self.weight)
-
-    def gram(self, u: Tensor) -> Tensor:
-        """U ↦ u W Wᵀ, by the cheaper way: W Wᵀ is formed when first needed, unless W is low."""
-        rows, columns = self.weight.shape
-        return self.push(self.pull(u)) if rows > 2 * columns else times(u, self._square)
-
-    @functools.cached_property
-    def _by_column(self) -> Tensor:
-        return by_feature(self.weight)
-
-    @functools.cached_property
-    def _square(self) -> Tensor:
-        return (self.weight @ self.weight.t()).t()  # the same, as it is symmetric, and its transpose is contiguous
+def gram_of(weight: Tensor) -> MatVec:
+    """u ↦ W Wᵀ u for rows u, by the cheaper way: W Wᵀ is formed once, when first needed, unless W is low."""
+    rows, columns = weight.shape
+    if rows > 2 * columns:
+        return lambda u: (u @ weight) @ weight.T
+    formed = functools.cache(lambda: weight @ weight.T)
+    return lambda u: u @ formed()
 
 
-def _shared_jacobian(
-    shared: SharedWeight, template: Tensor, weights: dict[int, SharedWeight] | None = None
-) -> JacobianOperator:
+def _shared_jacobian(weight: Tensor, gram: MatVec, template: Tensor) -> JacobianOperator:
     """W for every sample."""
     return JacobianOperator(
-        gram=shared.gram,
-        vjp=shared.pull,
+        gram=gram,
+        vjp=lambda u: u @ weight,
         template=template,
-        columns=shared.weight.shape[1],
-        widest=max(shared.weight.shape),
-        part=lambda rows: _shared_jacobian(shared, template[rows], weights),
-        weights={} if weights is None else weights,
+        columns=weight.shape[1],
+        widest=max(weight.shape),
+        part=lambda rows: _shared_jacobian(weight, gram, template[rows]),
     )
 
 
 def matrix_operator(weight: Tensor) -> JacobianOperator:
     """One matrix as the operator of a single sample: two products with W, as W Wᵀ would cost more than it saves."""
-    operator = _shared_jacobian(SharedWeight(weight), weight.new_empty(()).expand(1, len(weight)))
-    return replace(operator, gram=lambda u: (u @ weight) @ weight.T)
+    return _shared_jacobian(weight, lambda u: (u @ weight) @ weight.T, weight.new_empty(()).expand(1, len(weight)))
 
 
 @dataclass(frozen=True)
@@ -195,11 +165,11 @@ class OperatorStack:
 
     def gram(self, u: Tensor) -> Tensor:
         """(ΣB, length) → (ΣB, length), u ↦ J Jᵀ u."""
-        parts = zip(self.operators, [one_way(part) for part in u.split(self.sizes)], strict=True)
+        parts = zip(self.operators, u.split(self.sizes), strict=True)
         products = [operator.gram(part[:, : operator.template.shape[1]]) for operator, part in parts]
         length = u.shape[1]
         padded = [p if p.shape[1] == length else F.pad(p, (0, length - p.shape[1])) for p in products]
-        return joined(padded, by_feature=lies_by_feature(u))
+        return torch.cat(padded) if len(padded) > 1 else padded[0]
 
     def restricted(self, samples: Tensor) -> OperatorStack:
         """The stack of some samples, given by rising indices."""
@@ -241,11 +211,9 @@ def autograd_jacobian(output: Tensor, inputs: Sequence[Tensor]) -> JacobianOpera
 def chain_jacobians(chain: DenseChain) -> list[JacobianOperator]:
     """J_t of every layer of a chain that begins with x: J_1 = I, and J_{t+1} = D_t W_t J_t."""
     operators = [JacobianOperator.identity(chain.hidden[0].detach())]
-    lies = pays_by_feature(chain.hidden[0], [len(weight) for weight in chain.weights[:-1]])
     for weight, h, between in zip(chain.weights, chain.hidden[1:], chain.between, strict=False):
         with torch.no_grad():
             slope = between.pull(torch.ones_like(h))
-        slope = by_feature(slope) if lies else slope
         operators.append(operators[-1].times_weight(weight.detach()).times_diagonal(slope))
     return operators
 

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gradpen import jacobians, spectral
-from gradpen._layout import by_feature
 from gradpen._numerics import widest_float
 from gradpen.cut_layers import CutLayer
 from gradpen.dense_chain import DenseChain
@@ -103,7 +102,7 @@ def layer_norms(
 
 def _weight_operator(layer: CutLayer, operator: jacobians.JacobianOperator) -> jacobians.JacobianOperator:
     """W; as one of the samples of W J if J is I, and W Wᵀ is formed anyway."""
-    if not operator.is_identity or layer.weight.data_ptr() not in operator.weights:
+    if not operator.is_identity or layer.weight.data_ptr() not in operator.grams:
         return jacobians.matrix_operator(layer.weight)
     return operator.times_weight(layer.weight).restricted(torch.zeros(1, dtype=torch.long, device=layer.weight.device))
 
@@ -227,7 +226,6 @@ def _swept_norms(
     sizes = [len(start) for start in starts]
     whole = jacobians.OperatorStack(operators)
     start = torch.cat([F.pad(start, (0, whole.length - start.shape[1])) for start in starts])
-    start = by_feature(start) if any(operator.by_feature for operator in operators) else start
     delta = torch.tensor(deltas, dtype=torch.float64).repeat_interleave(torch.tensor(sizes)).to(widest_float(start[0]))
     bracket = spectral.lanczos_bracket(
         whole.gram, start, delta=delta, rtol=settings.rtol, restrict=lambda samples: whole.restricted(samples).gram

@@ -29,7 +29,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradpen._layout import row_norms, selected
 from gradpen._numerics import divide_or_zero, number_if_at_hand, widest_float
 
 MatVec = Callable[[Tensor], Tensor]
@@ -123,7 +122,7 @@ def lanczos_bracket(
         if restrict is not None and number >= _WORTH_LEAVING * len(q):
             kept = finished.logical_not().nonzero().squeeze(1)
             present = kept if isinstance(present, slice) else present[kept]
-            q, before, beta, size = selected(q, kept), selected(before, kept), beta[kept], size[kept]
+            q, before, beta, size = (tensor[kept] for tensor in (q, before, beta, size))
             gram, unit = restrict(present), None if unit is None else unit[kept]
         next_look = step + max(step // 6, 2)
     recurrence = _Recurrence.of(alphas[:step], betas[:step], steps)
@@ -161,7 +160,7 @@ def _lanczos_step(
     """The next vector, from A q, then α, β, and the size of the operator as seen so far."""
     alpha = torch.linalg.vecdot(q, product)
     w = torch.addcmul(product, q, alpha.unsqueeze(1), value=-1).addcmul_(before, beta.unsqueeze(1), value=-1)
-    beta = row_norms(w)
+    beta = torch.linalg.vector_norm(w, dim=1)
     size = torch.maximum(size, alpha.abs() + beta)
     exhausted = beta <= 4 * torch.finfo(q.dtype).eps * size  # what is left is rounding, and the next vector 0
     w = w.div_(beta.masked_fill(exhausted, torch.inf).unsqueeze(1))

@@ -33,6 +33,7 @@ def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     if request.param == "by_feature":
         monkeypatch.setattr(_layout, "_SAMPLES", range(1, 10_000))
         monkeypatch.setattr(_layout, "_FEWEST_FEATURES", 1)
+        monkeypatch.setattr(_layout, "_FEWEST_THREADS", 1)
     return str(request.param)
 
 

@@ -213,6 +213,14 @@ def test_other_criteria(name, criterion, looked, monkeypatch):
 # ---- wide layers: rows that lie by feature ------------------------------------------------------------------------
 
 
+@pytest.fixture
+def two_threads():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize(
     ("samples", "width", "expected"), [(64, 1024, True), (256, 1030, True), (63, 1024, False), (64, 1023, False)]
 )
@@ -224,8 +232,16 @@ def test_hidden_rows_lie_by_feature_where_layers_are_wide(samples, width, expect
     assert [lies_by_feature(h) for h in chain.hidden] == [False, expected, expected]
     assert lies_by_feature(chain.between[0].factor) == lies_by_feature(chain.first) == expected
     assert chain.output.is_contiguous()
+    torch.set_num_threads(1)
+    assert not lies_by_feature(run_chain(model, torch.randn(samples, 5)).hidden[1])
 
 
+def test_one_wide_layer_gains_nothing(two_threads):
+    model = nn.Sequential(nn.Linear(5, 1024), nn.ReLU(), nn.Linear(1024, 3))
+    assert not lies_by_feature(run_chain(model, torch.randn(64, 5)).hidden[1])
+
+
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("name", ["both", "batch", "measured", "forward difference"])
 def test_wide_layers(name, looked, monkeypatch):
     model = nn.Sequential(nn.Linear(20, 1024), nn.Tanh(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 3)).double()

@@ -99,7 +99,7 @@ def test_every_method_finds_the_same_sides(name, norm, method):
 
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_brackets_of_a_chain_in_either_layout(activation, dtype, layout):
+def test_brackets_of_a_chain_whose_samples_leave(activation, dtype):
     """Forty samples, of which some leave the iteration before the others."""
     widths = [12, 60, 90, 60, 3]
     modules = [module for n, m in itertools.pairwise(widths) for module in (nn.Linear(n, m), activation())]

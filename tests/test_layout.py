@@ -58,25 +58,6 @@ def test_affine(rows, bias):
 def test_sums_over_rows(rows):
     a, b = rows
     close(_layout.dot(a, b), (a * b).sum())
-    close(_layout.row_norms(a), (a * a).sum(1).sqrt())
     out = torch.empty(20, dtype=torch.float64)
     assert _layout.row_sq_norms(a, out=out) is out
     close(out, (a * a).sum(1))
-
-
-def test_some_rows_and_all_rows(rows):
-    a, b = rows
-    which = torch.tensor([0, 3, 19])
-    assert torch.equal(_layout.selected(a, which), a[which])
-    assert _layout.lies_by_feature(_layout.selected(a, which)) == _layout.lies_by_feature(a)
-    by_feature = _layout.lies_by_feature(a)
-    together = _layout.joined([a, b[:2]], by_feature=by_feature)
-    assert torch.equal(together, torch.cat([a, b[:2]])) and _layout.lies_by_feature(together) == by_feature
-    assert _layout.joined([a], by_feature=by_feature) is a
-
-
-@pytest.mark.parametrize("size", [2, 20])
-def test_few_rows_lie_one_behind_the_other(size):
-    rows = _layout.by_feature(torch.randn(size, 6))
-    assert torch.equal(_layout.one_way(rows), rows)
-    assert _layout.lies_by_feature(_layout.one_way(rows)) == (size == 20)
