@@ -157,14 +157,19 @@ def check_batch_sizes(output: Any, target: Any) -> None:
             "expected the model's output to have one row per sample, got a 0-dim tensor: gradient penalties "
             "need the values of the single samples"
         )
-    if output.shape[0] == 0:
-        raise ValueError(
-            f"expected at least one sample, got an empty batch: an output of shape {tuple(output.shape)}. Skip empty batches"
-        )
+    check_not_empty(output)
     if target.dim() > 0 and output.shape[0] != target.shape[0]:
         raise ValueError(
             "expected output and target of the same batch size (dimension 0), got an output of shape "
             f"{tuple(output.shape)} and a target of shape {tuple(target.shape)}"
+        )
+
+
+def check_not_empty(output: Tensor) -> None:
+    """There is a sample."""
+    if output.shape[0] == 0:
+        raise ValueError(
+            f"expected at least one sample, got an empty batch: an output of shape {tuple(output.shape)}. Skip empty batches"
         )
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gradpen import mixing
+from gradpen import _checks, mixing
 from gradpen._graph import check_derivable_twice, walk_graph
 from gradpen._numerics import sum_tensors
 from gradpen.chain_mean import Difference, with_known_gradient
@@ -113,6 +113,7 @@ def _by_formulas(
         if projection is None:
             measured.append(Measured(cotangents[places[0]], norms))
         else:
+            _checks.check_not_empty(chain.output)
             directions = [
                 random_directions(chain.output, projection.generator) for _ in range(projection.num_projections)
             ]

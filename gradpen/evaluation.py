@@ -417,6 +417,7 @@ def check_output(recording: Recording) -> Tensor:
             f'of="output" expects the model to return one tensor (B, …), got {type(output).__name__}: give a callable '
             "(output, target) → (B,) as of=…"
         )
+    _checks.check_not_empty(output)
     _checks.check_input_rows(recording.inputs, output.shape[0])
     return output
 

@@ -731,9 +731,19 @@ def test_forward_mode_goes_through():
     torch.testing.assert_close(*tangents)
 
 
-@pytest.mark.parametrize("penalty", [ParamGradPenalty(), InputGradPenalty(), ParamGradPenalty(over="batch")])
-def test_an_empty_batch(penalty):
-    model, (x, y) = layers(), batch()
+@pytest.mark.parametrize("kind", [nn.Sequential, Written])
+@pytest.mark.parametrize(
+    "penalty",
+    [
+        ParamGradPenalty(),
+        InputGradPenalty(),
+        ParamGradPenalty(over="batch"),
+        InputGradPenalty(of="output"),
+        InputGradPenalty(of="output", method="projection"),
+    ],
+)
+def test_an_empty_batch(penalty, kind):
+    model, (x, y) = kind(*layers()), batch()
     with pytest.raises(ValueError, match="at least one sample"):
         penalty(model, x[:0], y[:0])
 
