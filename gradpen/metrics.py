@@ -51,6 +51,15 @@ class _SampleMean(Metric):
         """Plot one value or a list of them."""
         return self._plot(val, ax)
 
+    def set_dtype(self, dst_type: str | torch.dtype) -> Metric:
+        """Convert the states; a criterion's weights keep the type of the models that it goes with."""
+        criterion = self._modules.pop("criterion", None)
+        try:
+            return super().set_dtype(dst_type)
+        finally:
+            if criterion is not None:
+                self._modules["criterion"] = criterion
+
     def _add(self, batch_sum: Tensor, batch_samples: Tensor) -> None:
         before = getattr(self, self._sum_name)
         setattr(self, self._sum_name, before + batch_sum.to(before))

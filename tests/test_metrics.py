@@ -288,6 +288,13 @@ def test_the_gap_takes_what_the_metric_takes(named):
         gap.update(*batch)
 
 
+@pytest.mark.parametrize("kind", [ParamGradSqNorm, InequalityTightness])
+def test_the_criterion_keeps_its_type(kind):
+    metric = kind(nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0]))).set_dtype(torch.float64)
+    metric.update(nn.Linear(4, 3), X.float(), Y)
+    assert metric.compute().dtype == torch.float64 and metric.criterion.weight.dtype == torch.float32
+
+
 def test_the_gaps_states_move():
     gap = GeneralizationGap(MeanSquaredError())
     gap.set_dtype(torch.float64)
