@@ -681,6 +681,24 @@ def test_what_cannot_be_found_can_be_said(tmp_path):
     torch.testing.assert_close(found.report.lhs, report.lhs)
 
 
+class OfTwoClasses(Plain):
+    """One output, the logit of the second class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(12, 5), nn.Tanh(), nn.Linear(5, 1))
+
+    def training_step(self, batch, batch_idx):
+        return F.binary_cross_entropy_with_logits(self.net(batch[0])[:, 0], (batch[1] > 0).float())
+
+
+def test_integers_that_are_no_classes_need_a_criterion(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"cross entropy was chosen, and it says: Target \d is out of bounds.*criterion="
+    ):
+        run(OfTwoClasses(), [InequalityMonitor(num_samples=8)], tmp_path, limit_val_batches=0)
+
+
 # --- logs
 
 

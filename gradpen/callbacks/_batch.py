@@ -14,6 +14,9 @@ _INPUT_KEYS = ("x", "input", "inputs", "image", "images", "pixel_values", "featu
 _TARGET_KEYS = ("y", "target", "targets", "label", "labels")
 
 
+INTEGER_TARGETS = "integer targets"  # why cross entropy was chosen
+
+
 def split_batch(batch: Any, inputs: Getter, targets: Getter) -> tuple[Any, Any]:
     """(x, y) of a batch.
 
@@ -71,7 +74,7 @@ def find_criterion(module: nn.Module, criterion: Any, y: Any) -> tuple[Callable[
         if callable(found):
             return found, f"attribute {name!r}"
     if isinstance(y, Tensor) and not y.is_floating_point():
-        return F.cross_entropy, "integer targets"
+        return F.cross_entropy, INTEGER_TARGETS
     if isinstance(y, Tensor):
         return F.mse_loss, "floating-point targets"
     raise ValueError(

@@ -18,7 +18,7 @@ from torchmetrics import Metric
 from gradpen import _checks
 from gradpen.callbacks import _shards
 from gradpen.callbacks._announcement import Cost, announcement, describe_part, function_name
-from gradpen.callbacks._batch import Getter, find_criterion, find_model, split_batch
+from gradpen.callbacks._batch import INTEGER_TARGETS, Getter, find_criterion, find_model, split_batch
 from gradpen.callbacks._lightning import Callback
 from gradpen.callbacks._probe import VALIDATION_SET, draw_probe, fingerprint, probe_loader
 from gradpen.callbacks._schedule import Schedule
@@ -339,12 +339,20 @@ class InequalityMonitor(Callback):
             stack.enter_context(state_kept(part))  # which need not lie within the module
             _in_eval_mode(pl_module, part)
             _without_records(pl_module)
-            criterion, _ = find_criterion(pl_module, self.criterion, y)
+            criterion, how = find_criterion(pl_module, self.criterion, y)
             evaluate: Callable[..., InequalityReport] = evaluate_inequality
             if _shards.num_processes() > 1:
                 _shards.take_buffers_of_first_process(pl_module)
                 evaluate = _shards.evaluate_shared
-            report = evaluate(part, x, y, criterion=criterion, **self._settings)
+            try:
+                report = evaluate(part, x, y, criterion=criterion, **self._settings)
+            except IndexError as error:
+                if how != INTEGER_TARGETS:
+                    raise
+                raise ValueError(
+                    "expected integer targets to be classes with one output each, for which cross entropy was chosen, and it "
+                    f"says: {error} Say what the loss is: criterion=…"
+                ) from error
             float(report.lhs.sum())  # waits for the device
             return report, time.perf_counter() - started
 
