@@ -350,8 +350,8 @@ class InequalityMonitor(Callback):
                 if how != INTEGER_TARGETS:
                     raise
                 raise ValueError(
-                    "expected integer targets to be classes with one output each, for which cross entropy was chosen, and it "
-                    f"says: {error} Say what the loss is: criterion=…"
+                    "expected integer targets to be classes with one output each, for which cross entropy was chosen, "
+                    f"and it says: {error} Say what the loss is: criterion=…"
                 ) from error
             float(report.lhs.sum())  # waits for the device
             return report, time.perf_counter() - started
