@@ -23,6 +23,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSamplerWrapper
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning_cases import DATA, Plain
@@ -520,6 +521,11 @@ def test_an_endless_training_stream_may_end_by_steps(tmp_path, caplog):
     assert steps(found) == [0, 4, 8, 10] and "4 in 10 steps" in caplog.text
 
 
+def shared_out(sampler):
+    """What Lightning puts in the place of a sampler of the validation set under DDP."""
+    return UnrepeatedDistributedSamplerWrapper(sampler, num_replicas=2, rank=0)
+
+
 @pytest.mark.parametrize("kind", ["sampler", "batch sampler"])
 def test_the_probe_is_drawn_from_what_the_sampler_is_made_for(kind, tmp_path):
     """One data set for both sets, told apart by samplers."""
@@ -533,6 +539,14 @@ def test_the_probe_is_drawn_from_what_the_sampler_is_made_for(kind, tmp_path):
     run(Plain(), [found], tmp_path, train=train, val=DataLoader(data, **options))
     assert not (found._drawn[0] == 7).all(1).any() and len(found._drawn[0]) == 32
     assert not (draw_probe(train, 32, seed=0)[0] != 7).any()
+
+
+@pytest.mark.parametrize("made", [list, np.array, torch.tensor], ids=["list", "array", "tensor"])
+@pytest.mark.parametrize("wrap", [lambda sampler: sampler, shared_out], ids=["as it is", "shared out"])
+def test_indices_of_a_sampler_come_as_anything(made, wrap):
+    sampler = wrap(SubsetRandomSampler(made([5, 7, 9])))
+    x, _ = draw_probe(DataLoader(DATA, 2, sampler=sampler), 8, seed=0)
+    assert torch.equal(x, DATA.tensors[0][[5, 7, 9]])
 
 
 def test_data_without_numbered_items_is_refused():

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence, Sized
+from collections.abc import Sized
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import CombinedLoader
-from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -59,11 +58,10 @@ def _indices_of(loader: DataLoader[Any]) -> Any:
     """Which items the loader's sampler is made for; None if it says nothing of that."""
     for holder in (loader, loader.batch_sampler):
         sampler = getattr(holder, "sampler", None)
-        sampler = getattr(
-            getattr(sampler, "dataset", None), "_sampler", sampler
-        )  # in what Lightning makes for processes
+        # Lightning puts it into another one, which shares it out among processes
+        sampler = getattr(getattr(sampler, "dataset", None), "_sampler", sampler)
         indices = getattr(sampler, "indices", None)
-        if isinstance(indices, (Sequence, range, Tensor)) and not isinstance(indices, str):
+        if hasattr(indices, "__getitem__") and hasattr(indices, "__len__"):  # a list, an array, a tensor
             return indices
     return None
 
