@@ -113,7 +113,7 @@ def floors(widths: Sequence[int], batch_size: int) -> dict[str, float]:
         "param": 6 * whole - 4 * first,
         "both": 6 * whole - first,
         "batch": 6 * whole - 4 * first + min(2 * first, between_samples[0]) + sum(batch_norm),
-        "difference": 2 * plain - first + min(first, between_samples[0]),
+        "difference": 2 * plain - 2 * first + min(2 * first, between_samples[0]),
         "norms": 2 * whole - first,
         "norms_and_step": plain,
         "projection": 6 * whole - first,

@@ -6,7 +6,8 @@ move of the parameters: the gradient at θ is added to that at θ + r u within t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -14,15 +15,18 @@ import torch
 from torch import Tensor
 
 from gradpen._graph import save_rows, saved_rows
-from gradpen._numerics import divide_or_zero, full_precision, number_if_at_hand, sum_tensors
+from gradpen._layout import dot, row_sq_norms
+from gradpen._numerics import divide_or_zero, full_precision, is_at_hand, number_if_at_hand, sum_tensors
 from gradpen.chain_norms import (
+    CANCELLED,
     DataLoss,
     Deltas,
     NormOf,
     as_own,
     deltas_of,
+    mean_combinations,
     mean_gradients,
-    mean_of_products,
+    mean_product,
     nothing_written_over,
     pulled_to_parameters,
     total_norm,
@@ -60,6 +64,33 @@ class Difference(NamedTuple):
         return -sum(weight for _, weight in self.moves)
 
 
+class _MeanGradient(NamedTuple):
+    """∇ mean_i f_i at θ.
+
+    Attributes:
+        weights: G_t of every weight, but None for W_1 if `first` stands for it.
+        biases: g_t of every bias that there is.
+        first: δ_1 and x, (B, n_1) and (B, n_0): x is the same wherever the parameters are, so that G_1 = mean_i δ_i x_iᵀ
+            can wait for what is added to it.
+    """
+
+    weights: Sequence[Tensor | None]
+    biases: Sequence[Tensor | None]
+    first: Sequence[Tensor] = ()
+
+
+class _FirstLayer(NamedTuple):
+    """What a displacement needs of G_1, without G_1.
+
+    Attributes:
+        product: x G_1ᵀ, (B, n_1), what z_1 moves by if W_1 moves by G_1; None if W_1 does not count.
+        sq_norm: ‖G_1‖²; 0 if W_1 does not count.
+    """
+
+    product: Tensor | None = None
+    sq_norm: float = 0.0
+
+
 def with_known_gradient(
     chain: DenseChain, deltas: Deltas, data_loss: DataLoss, differences: Sequence[Difference]
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -72,20 +103,21 @@ def with_known_gradient(
         differences: the norms.
     """
     with torch.no_grad():
-        gradients = mean_gradients(chain, deltas)
-        norms = [total_norm(_counted(gradients, difference.norm_of), data_loss.value) for difference in differences]
-        displaced = []
-        for place, (difference, norm) in enumerate(zip(differences, norms, strict=True)):
+        firsts = [_first_layer(chain, deltas.at[0], difference.norm_of) for difference in differences]
+        first_waits = bool(firsts) and None not in firsts
+        weights, biases = mean_gradients(chain, deltas, with_first=not first_waits)
+        gradient = _MeanGradient(weights, biases, (deltas.at[0], chain.hidden[0]) if first_waits else ())
+        norms, displaced = [], []
+        for place, (difference, first) in enumerate(zip(differences, firsts, strict=True)):
+            norm = _norm(gradient, difference.norm_of, first, data_loss.value)
+            norms.append(norm)
             inverse = _reciprocal_or_zero(norm)
-            first = _of_first(chain, deltas, gradients, difference.norm_of)
             for signed_step, weight in difference.moves:
-                moved = _moved(chain, gradients, difference.norm_of, inverse * signed_step, first)
+                moved = _moved(chain, gradient, difference.norm_of, inverse * signed_step, first)
                 cotangent = data_loss.cotangent.at(moved.output).value.detach()
                 displaced.append(_Displaced(place, weight, moved, cotangent))
     here = [difference.weight_here for difference in differences]
-    output, value, *roots = _WithKnownGradient.apply(
-        chain, data_loss.value, data_loss.multiple, gradients, norms, here, displaced, *chain.leaves
-    )
+    output, value, *roots = _WithKnownGradient.apply(chain, data_loss, gradient, norms, here, displaced, *chain.leaves)
     return chain.output if output is None else as_own(output), as_own(value), list(roots)
 
 
@@ -105,13 +137,38 @@ class _Displaced(NamedTuple):
     cotangent: Tensor
 
 
-Gradients = tuple[Sequence[Tensor], Sequence[Tensor | None]]  # of weights and biases
+def _first_layer(chain: DenseChain, delta: Tensor, norm_of: NormOf) -> _FirstLayer | None:
+    """From products between samples; None if they cost more than G_1 or values cancel in them, and if z_1 was not kept.
+
+    The host looks whether they do, so it must not have to wait for a device.
+    """
+    if chain.first is None:
+        return None
+    if not norm_of.weights[0]:
+        return _FirstLayer()
+    x = chain.hidden[0]
+    (size, columns), rows = x.shape, delta.shape[1]
+    if not is_at_hand(delta) or size * (rows + columns) >= 2 * rows * columns:
+        return None
+    products = x @ x.t()
+    product = mean_combinations(products, delta)
+    sq_norm = float(dot(product, delta)) / size
+    spread = float(torch.dot(products.diagonal(), row_sq_norms(delta))) / size**2  # what the diagonals alone make up
+    if not sq_norm >= max(CANCELLED * spread, torch.finfo(delta.dtype).tiny):
+        return None
+    return _FirstLayer(product, sq_norm)
 
 
-def _counted(gradients: Gradients, norm_of: NormOf) -> list[Tensor]:
-    weights, biases = gradients
-    each = [*zip(weights, norm_of.weights, strict=True), *zip(biases, norm_of.biases, strict=True)]
-    return [gradient for gradient, counts in each if counts and gradient is not None]
+def _norm(gradient: _MeanGradient, norm_of: NormOf, first: _FirstLayer | None, like: Tensor) -> Tensor:
+    """‖·‖ of the part of the gradient that counts: 0-dim."""
+    each = [
+        *zip(gradient.weights, norm_of.weights, strict=True),
+        *zip(gradient.biases, norm_of.biases, strict=True),
+    ]
+    norm = total_norm([part for part, counts in each if counts and part is not None], like)
+    if first is None or not gradient.first:  # G_1 is there
+        return norm
+    return torch.hypot(norm, torch.full_like(norm, math.sqrt(first.sq_norm)))
 
 
 def _reciprocal_or_zero(norm: Tensor) -> float | Tensor:
@@ -122,34 +179,26 @@ def _reciprocal_or_zero(norm: Tensor) -> float | Tensor:
     return 0.0 if known < torch.finfo(norm.dtype).tiny else 1 / known
 
 
-def _of_first(chain: DenseChain, deltas: Deltas, gradients: Gradients, norm_of: NormOf) -> Tensor | None:
-    """x G_1ᵀ + g_1, what z_1 moves by if the parameters move by the gradient, if products between samples cost less."""
-    x, delta = chain.hidden[0], deltas.at[0]
-    (size, columns), rows = x.shape, delta.shape[1]
-    if chain.first is None or not norm_of.weights[0] or size * (rows + columns) >= rows * columns:
-        return None
-    of_weight = mean_of_products(x, delta)
-    bias = gradients[1][0]
-    return of_weight if bias is None or not norm_of.biases[0] else of_weight + bias
-
-
 def _moved(
-    chain: DenseChain, gradients: Gradients, norm_of: NormOf, scale: float | Tensor, of_first: Tensor | None
+    chain: DenseChain, gradient: _MeanGradient, norm_of: NormOf, scale: float | Tensor, first: _FirstLayer | None
 ) -> DenseChain:
     """The same layers, and the same dropout masks, where the parameters that count are displaced by scale · gradient.
 
     Where what z_1 moves by is known, W_1 and b_1 stay as they are: nobody asks for them there.
     """
-    first = None if of_first is None or chain.first is None else _plus(chain.first, of_first, scale)
-    which = range(len(chain.weights)) if first is None else range(1, len(chain.weights))
+    z = None
+    if first is not None and chain.first is not None:
+        z = chain.first.clone() if first.product is None else _plus(chain.first, first.product, scale)
+        if norm_of.biases[0] and gradient.biases[0] is not None:
+            z = _plus(z, gradient.biases[0], scale)
     weights, biases = list(chain.weights), list(chain.biases)
-    for t in which:
-        if norm_of.weights[t]:
-            weights[t] = _plus(weights[t], gradients[0][t], scale)
-        bias, gradient = biases[t], gradients[1][t]
-        if norm_of.biases[t] and bias is not None and gradient is not None:
-            biases[t] = _plus(bias, gradient, scale)
-    return chain.with_parameters(weights, biases, first)
+    for t in range(0 if first is None else 1, len(weights)):
+        weight_gradient, bias, bias_gradient = gradient.weights[t], biases[t], gradient.biases[t]
+        if norm_of.weights[t] and weight_gradient is not None:
+            weights[t] = _plus(weights[t], weight_gradient, scale)
+        if norm_of.biases[t] and bias is not None and bias_gradient is not None:
+            biases[t] = _plus(bias, bias_gradient, scale)
+    return chain.with_parameters(weights, biases, z)
 
 
 def _plus(tensor: Tensor, gradient: Tensor, scale: float | Tensor) -> Tensor:
@@ -166,55 +215,55 @@ class _WithKnownGradient(torch.autograd.Function):
     def forward(
         ctx: Any,
         chain: DenseChain,
-        value: Tensor,
-        multiple: float | Tensor,
-        gradients: Gradients,
+        data_loss: DataLoss,
+        gradient: _MeanGradient,
         norms: list[Tensor],
         here: list[float],
         displaced: list[_Displaced],
         *leaves: Tensor,
     ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
-        ctx.leaves, ctx.multiple, ctx.here = leaves, multiple, here
+        ctx.leaves, ctx.multiple, ctx.here = leaves, data_loss.multiple, here
         ctx.between = [between.without_tensors() for between in chain.between]  # the same wherever the parameters are
         ctx.displaced = [(place, weight) for place, weight, _, _ in displaced]
         output = None if chain.output.requires_grad else chain.output.detach()
-        rows = [*gradients, norms, [cotangent for *_, cotangent in displaced]]
+        rows = [*gradient, norms, [cotangent for *_, cotangent in displaced]]
         for moved in [moved for _, _, moved, _ in displaced]:
             rows += moved.rows
         if output is not None:
             rows += chain.rows
         save_rows(ctx, rows)
-        return output, value.clone(), *[norm.clone() for norm in norms]
+        return output, data_loss.value.clone(), *[norm.clone() for norm in norms]
 
     @staticmethod
     def backward(
         ctx: Any, of_output: Tensor | None, of_value: Tensor | None, *of_norms: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         rows = saved_rows(ctx)
-        weights, biases, norms, cotangents = islice(rows, 4)
+        gradient = _MeanGradient(*islice(rows, 3))
+        norms, cotangents = islice(rows, 2)
         displaced = [
             _Displaced(place, weight, DenseChain.of_rows(rows, ctx.between), cotangent)
             for (place, weight), cotangent in zip(ctx.displaced, cotangents, strict=True)
         ]
         found = None
-        with full_precision(weights[0].device):
+        with full_precision(ctx.leaves[0].device):
             if of_value is not None or any(of_norm is not None for of_norm in of_norms):
                 with torch.no_grad(), nothing_written_over((of_value, *of_norms)) as own:
-                    found = _combined((weights, biases), norms, ctx.here, displaced, ctx.multiple, of_value, of_norms)
-                found = [own(gradient) for gradient in found]
+                    found = _combined(gradient, norms, ctx.here, displaced, ctx.multiple, of_value, of_norms)
+                found = [own(one) for one in found]
                 if torch.is_grad_enabled():
                     found = derived_once(found, ctx.leaves)
             if of_output is not None:
                 chain = DenseChain.of_rows(rows, ctx.between)
                 with nothing_written_over([of_output]) as own:
-                    through_output = [own(gradient) for gradient in pulled_to_parameters(chain, of_output)]
+                    through_output = [own(one) for one in pulled_to_parameters(chain, of_output)]
                 found = through_output if found is None else [a + b for a, b in zip(found, through_output, strict=True)]
-        return (None,) * 7 + tuple(found or [None] * len(ctx.leaves))
+        return (None,) * 6 + tuple(found or [None] * len(ctx.leaves))
 
 
 def _combined(
-    gradients: Gradients,
+    gradient: _MeanGradient,
     norms: Sequence[Tensor],
     here: Sequence[float],
     displaced: Sequence[_Displaced],
@@ -234,7 +283,7 @@ def _combined(
         for place, weight, chain, cotangent in displaced
         if (of_norm := of_norms[place]) is not None
     ]
-    return _weighted(gradients, sum_tensors(scales or [torch.zeros_like(norms[0])]), there)
+    return _weighted(gradient, sum_tensors(scales or [torch.zeros_like(norms[0])]), there)
 
 
 def _where_positive(norm: Tensor, of_norm: Tensor) -> Tensor | None:
@@ -245,33 +294,29 @@ def _where_positive(norm: Tensor, of_norm: Tensor) -> Tensor | None:
     return of_norm if known > 0 else None
 
 
-def _weighted(gradients: Gradients, scale: Tensor, there: Sequence[tuple[DenseChain, Tensor]]) -> list[Tensor]:
-    """scale · gradients + Σ ∇ mean_i f_i of other chains, whose ∂f_i/∂output are given; weights first, then biases."""
-    weights, biases = gradients
-    known = [*weights, *[bias for bias in biases if bias is not None]]
+def _weighted(gradient: _MeanGradient, scale: Tensor, there: Sequence[tuple[DenseChain, Tensor]]) -> list[Tensor]:
+    """scale · gradient + Σ ∇ mean_i f_i of other chains, whose ∂f_i/∂output are given; weights first, then biases."""
     factor = number_if_at_hand(scale)
-    if not there:
-        return known if isinstance(factor, float) and factor == 1 else [gradient * factor for gradient in known]
-    if isinstance(factor, Tensor):
-        known, factor = [gradient * factor for gradient in known], 1.0
-    found = known
-    for place, (chain, cotangent) in enumerate(there):
-        found = _plus_mean_gradients(found, factor if place == 0 else 1.0, chain, cotangent)
-    return found
+    others = [(chain.hidden, deltas_of(chain, cotangent, ()).at) for chain, cotangent in there]
+    weights, biases = [], []
+    for t, (weight, bias) in enumerate(zip(gradient.weights, gradient.biases, strict=True)):
+        if weight is None:  # x is the same everywhere: the sum is made before the product
+            delta, x = gradient.first
+            weights.append(mean_product(sum_tensors([delta * factor, *[deltas[t] for _, deltas in others]]), x))
+        else:
+            weights.append(_plus_products(torch.addmm, weight, factor, [(deltas[t], h[t]) for h, deltas in others]))
+        if bias is not None:
+            ones = bias.new_ones(len(others[0][1][t])) if others else bias
+            biases.append(_plus_products(torch.addmv, bias, factor, [(deltas[t], ones) for _, deltas in others]))
+    return weights + biases
 
 
-def _plus_mean_gradients(total: Sequence[Tensor], factor: float, chain: DenseChain, cotangent: Tensor) -> list[Tensor]:
-    """factor · total + ∇ mean_i f_i, weights first, then biases; the sum is made within the products."""
-    deltas = deltas_of(chain, cotangent, ()).at
-    scale = 1 / cotangent.shape[0]
-    n = len(deltas)
-    weights = [
-        torch.addmm(gradient, delta.t(), h, beta=factor, alpha=scale)
-        for gradient, delta, h in zip(total[:n], deltas, chain.hidden, strict=True)
-    ]
-    with_bias = [delta for delta, bias in zip(deltas, chain.biases, strict=True) if bias is not None]
-    ones = cotangent.new_ones(cotangent.shape[0])
-    return weights + [
-        torch.addmv(gradient, delta.t(), ones, beta=factor, alpha=scale)
-        for gradient, delta in zip(total[n:], with_bias, strict=True)
-    ]
+def _plus_products(
+    plus: Callable[..., Tensor], known: Tensor, factor: float | Tensor, pairs: Sequence[tuple[Tensor, Tensor]]
+) -> Tensor:
+    """factor · known + Σ mean_i δ_i h_iᵀ, the sum made within the products, for matrices or vectors h."""
+    if isinstance(factor, Tensor) or not pairs:
+        known, factor = known if isinstance(factor, float) and factor == 1 else known * factor, 1.0
+    for delta, h in pairs:
+        known, factor = plus(known, delta.t(), h, beta=factor, alpha=1 / len(delta)), 1.0
+    return known

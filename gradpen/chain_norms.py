@@ -78,9 +78,12 @@ def sq_norms(chain: DenseChain, deltas: Deltas, norms: Sequence[NormOf]) -> list
     return [_sq_norm(chain, deltas, norm, _factors(chain, deltas, norm)) for norm in norms]
 
 
-def mean_gradients(chain: DenseChain, deltas: Deltas) -> tuple[list[Tensor], list[Tensor | None]]:
-    """∇ mean_i f_i of every weight, and of every bias that there is."""
-    weights = [mean_product(delta, h) for delta, h in zip(deltas.at, chain.hidden, strict=True)]
+def mean_gradients(
+    chain: DenseChain, deltas: Deltas, *, with_first: bool = True
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """∇ mean_i f_i of every weight, of W_1 only if asked for, and of every bias that there is."""
+    pairs = zip(deltas.at, chain.hidden, strict=True)
+    weights = [mean_product(delta, h) if with_first or t > 0 else None for t, (delta, h) in enumerate(pairs)]
     biases = [None if bias is None else _mean_row(delta) for delta, bias in zip(deltas.at, chain.biases, strict=True)]
     return weights, biases
 
@@ -96,10 +99,14 @@ def mean_product(delta: Tensor, h: Tensor) -> Tensor:
 
 def mean_of_products(a: Tensor, b: Tensor) -> Tensor:
     """mean_j (a_i · a_j) b_j for every sample i, without the gradient mean_j b_j a_jᵀ: as b."""
-    products = a @ a.t()
+    return mean_combinations(a @ a.t(), b)
+
+
+def mean_combinations(products: Tensor, b: Tensor) -> Tensor:
+    """mean_j products_ij b_j for every sample i: as b."""
     if lies_by_feature(b):
-        return torch.addmm(b.new_empty(1), b.t(), products, beta=0, alpha=1 / len(a)).t()
-    return torch.addmm(b.new_empty(1), products, b, beta=0, alpha=1 / len(a))
+        return torch.addmm(b.new_empty(1), b.t(), products, beta=0, alpha=1 / len(b)).t()
+    return torch.addmm(b.new_empty(1), products, b, beta=0, alpha=1 / len(b))
 
 
 def _factors(chain: DenseChain, deltas: Deltas, norm: NormOf) -> tuple[Row, ...]:
@@ -202,14 +209,14 @@ def _batch_sq_norm(chain: DenseChain, deltas: Deltas, norm: NormOf, factors: Seq
         if product is not None:  # ‖G‖² = ⟨h Gᵀ, δ⟩/B
             sq_norm = sq_norm + dot(product, delta) / len(h)
             spread = spread + torch.dot(_row_sq_norm(h), _row_sq_norm(delta)) / len(h) ** 2
-    if bool(sq_norm < _CANCELLED * spread):
+    if bool(sq_norm < CANCELLED * spread):
         weights, biases = mean_gradients(chain, deltas)
         counted = [*_only(weights, norm.weights), *_only(biases, norm.biases)]
         return total_norm([gradient for gradient in counted if gradient is not None], sq_norm).square()
     return sq_norm
 
 
-_CANCELLED = 1e-2  # below this part of the diagonals' share, products between samples have lost two digits and more
+CANCELLED = 1e-2  # below this part of the diagonals' share, products between samples have lost two digits and more
 
 
 def total_norm(tensors: Sequence[Tensor], like: Tensor) -> Tensor:

@@ -74,6 +74,13 @@ PENALTIES: dict[str, Callable[[], list]] = {
     "difference in biases": lambda: [
         ParamGradPenalty(0.1, over="batch", method="finite_difference", parameters=["*.bias"])
     ],
+    "difference in the first layer": lambda: [
+        ParamGradPenalty(0.1, over="batch", method="finite_difference", scheme="central", parameters=["1.*"])
+    ],
+    "differences here and there": lambda: [
+        ParamGradPenalty(0.1, over="batch", method="finite_difference", parameters=["7.*"], name="behind"),
+        ParamGradPenalty(0.1, over="batch", method="finite_difference", parameters=["1.weight", "4.*"]),
+    ],
     "differences": lambda: [
         ParamGradPenalty(0.1, over="batch", method="finite_difference", scheme="central", parameters=["*.weight"]),
         ParamGradPenalty(0.2, over="batch", method="finite_difference", scheme="backward", squared=False, name="root"),
@@ -297,7 +304,11 @@ class Products(TorchDispatchMode):
 @pytest.mark.parametrize("activation", ["relu", "tanh", "gelu"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
 @pytest.mark.parametrize(
-    "name", ["batch", "three", "biases", "measured", "forward difference", "differences", "difference in biases"]
+    "name",
+    [
+        *["batch", "three", "biases", "measured", "forward difference", "differences", "difference in biases"],
+        *["difference in the first layer", "differences here and there"],
+    ],
 )
 @pytest.mark.usefixtures("layout")
 def test_products_between_samples(name, bias, activation, looked, monkeypatch):
@@ -319,21 +330,39 @@ def test_products_between_samples_in_float32():
         torch.testing.assert_close(found.double(), param_grad_sq_norm(model, x, y, over=over), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("share", [1e-2, 1e-5])
-def test_gradients_that_cancel(share):
+def cancelling(share: float) -> tuple[nn.Sequential, Tensor, Tensor]:
     """Two samples with nearly opposite gradients: products between them would leave no digit of what remains."""
     model = nn.Sequential(nn.Linear(50, 40), nn.Tanh(), nn.Linear(40, 2)).double()
     x = torch.randn(1, 50, dtype=torch.float64).expand(2, 50).contiguous()
+    return model, x, torch.tensor([1.0, share - 1.0], dtype=torch.float64)
 
-    def criterion(output: Tensor, target: Tensor) -> Tensor:
-        return output[:, 0] * target
 
-    y = torch.tensor([1.0, share - 1.0], dtype=torch.float64)
+def first_output(output: Tensor, target: Tensor) -> Tensor:
+    return output[:, 0] * target
+
+
+@pytest.mark.parametrize("share", [1e-2, 1e-5])
+def test_gradients_that_cancel(share):
+    model, x, y = cancelling(share)
+    criterion = first_output
     exact = param_grad_sq_norm(model, x, y, over="batch", criterion=criterion).item()
     found = param_grad_sq_norm(
         model.float(), x.float(), y.float(), over="batch", criterion=criterion, create_graph=False
     )
     assert found.item() == pytest.approx(exact, rel=1e-3 if share == 1e-2 else 0.05)
+
+
+@pytest.mark.parametrize("share", [0.9, 1e-2, 1e-5])
+@pytest.mark.usefixtures("layout")
+def test_gradients_that_cancel_in_a_difference(share):
+    penalty = ParamGradPenalty(0.01, over="batch", method="finite_difference", squared=False, step=0.1)
+    model, x, y = cancelling(share)
+    exact = everything(model, x, y, [penalty], first_output)
+    found = everything(model.float(), x.float(), y.float(), [penalty], first_output)
+    *_, norm = found[:4]
+    assert norm.item() == pytest.approx(exact[3].item(), rel=1e-3 if share > 1e-3 else 0.05)
+    for a, b in zip(found[4:-1], exact[4:-1], strict=True):
+        assert (a - b).norm() <= (1e-3 if share > 1e-3 else 0.1) * b.norm()
 
 
 # ---- the data loss --------------------------------------------------------------------------------------------------

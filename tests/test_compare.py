@@ -550,7 +550,7 @@ def test_the_cost_is_that_of_the_formulas() -> None:
     assert cost(penalty="param", weight=1.0) == pytest.approx(6 * F - 4 * F1, rel=0.02)
     between_samples = 8 * (36 + 16) + 2 * 8 * (16 + 16) + 2 * 8 * (16 + 10)
     assert cost(penalty="param", weight=1.0, over="batch") == pytest.approx(6 * F - 4 * F1 + between_samples, rel=0.02)
-    saved = 36 * 16 - 8 * (36 + 16)  # the displaced first layer, from products between samples
+    saved = 2 * 36 * 16 - 8 * (36 + 16)  # the displaced first layer and its gradient, by products between samples
     assert cost(sam_radius=0.1) == pytest.approx(2 * (3 * F - F1) - saved, rel=0.02)
     lazy = cost(penalty="input", weight=1.0, every_n_steps=4)
     assert lazy == pytest.approx(3 * F - F1 + (cost(penalty="input", weight=1.0) - 3 * F + F1) / 4, rel=0.02)
