@@ -19,16 +19,20 @@ _FEWEST_FEATURES = 1024
 _FEWEST_THREADS = 2
 
 
-def pays_by_feature(rows: Tensor, widths: Sequence[int]) -> bool:
-    """Whether the rows between layers, as many as here and of these widths, are better laid by feature.
+def pays_by_feature(rows: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether the rows between layers, as many as here, are better laid by feature.
 
     Only weights from one wide layer to another gain, and only where several threads share a product out among them.
+
+    Args:
+        rows: the input, (B, n_0).
+        weights: of all layers.
     """
     return (
         rows.device.type == "cpu"
-        and len(rows) in _SAMPLES
-        and len(widths) > 1
-        and min(widths) >= _FEWEST_FEATURES
+        and rows.shape[0] in _SAMPLES
+        and len(weights) > 2  # the last layer's rows lie as everybody expects them
+        and all(weight.shape[0] >= _FEWEST_FEATURES for weight in weights[:-1])
         and torch.get_num_threads() >= _FEWEST_THREADS
     )
 
@@ -71,8 +75,8 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     return torch.dot(a.flatten(), b.flatten())
 
 
-def row_sq_norms(rows: Tensor, out: Tensor | None = None) -> Tensor:
+def row_sq_norms(rows: Tensor) -> Tensor:
     """‖·‖² of every row in as few passes as the layout allows, not to be differentiated: (B,)."""
     if lies_by_feature(rows):
-        return torch.linalg.vecdot(rows, rows, out=out)
-    return torch.linalg.vector_norm(rows, dim=1, out=out).square_()
+        return torch.linalg.vecdot(rows, rows)
+    return torch.linalg.vector_norm(rows, dim=1).square_()

@@ -272,31 +272,32 @@ def _combined(
     of_norms: Sequence[Tensor | None],
 ) -> list[Tensor]:
     """Cotangents of the leaves from those of the multiple of the mean and of the norms."""
-    of_norms = [
+    wanted = [
         None if of_norm is None else _where_positive(norm, of_norm)
         for of_norm, norm in zip(of_norms, norms, strict=True)
     ]
-    scales = [] if of_value is None else [of_value * multiple]
-    scales += [of_norm * weight for of_norm, weight in zip(of_norms, here, strict=True) if of_norm is not None]
+    scale = 0.0 if of_value is None else number_if_at_hand(of_value) * multiple
+    scale += sum(of_norm * weight for of_norm, weight in zip(wanted, here, strict=True) if of_norm is not None)
     there = [
         (chain, cotangent * (of_norm * weight))
         for place, weight, chain, cotangent in displaced
-        if (of_norm := of_norms[place]) is not None
+        if (of_norm := wanted[place]) is not None
     ]
-    return _weighted(gradient, sum_tensors(scales or [torch.zeros_like(norms[0])]), there)
+    return _weighted(gradient, scale, there)
 
 
-def _where_positive(norm: Tensor, of_norm: Tensor) -> Tensor | None:
+def _where_positive(norm: Tensor, of_norm: Tensor) -> float | Tensor | None:
     """The cotangent of a norm; none where it is 0."""
     known = number_if_at_hand(norm)
     if isinstance(known, Tensor):
         return torch.where(known > 0, of_norm, 0.0)
-    return of_norm if known > 0 else None
+    return number_if_at_hand(of_norm) if known > 0 else None
 
 
-def _weighted(gradient: _MeanGradient, scale: Tensor, there: Sequence[tuple[DenseChain, Tensor]]) -> list[Tensor]:
-    """scale · gradient + Σ ∇ mean_i f_i of other chains, whose ∂f_i/∂output are given; weights first, then biases."""
-    factor = number_if_at_hand(scale)
+def _weighted(
+    gradient: _MeanGradient, factor: float | Tensor, there: Sequence[tuple[DenseChain, Tensor]]
+) -> list[Tensor]:
+    """factor · gradient + Σ ∇ mean_i f_i of other chains, whose ∂f_i/∂output are given; weights first, then biases."""
     others = [(chain.hidden, deltas_of(chain, cotangent, ()).at) for chain, cotangent in there]
     weights, biases = [], []
     for t, (weight, bias) in enumerate(zip(gradient.weights, gradient.biases, strict=True)):

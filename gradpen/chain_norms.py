@@ -146,33 +146,13 @@ def _by_products(delta: Tensor, h: Tensor, t: int) -> bool:
 
 def _sizes_and_squares(chain: DenseChain, deltas: Deltas, norm: NormOf) -> tuple[Tensor, Tensor]:
     """1 + ‖h_t‖², or what of it belongs to a weight or a bias that counts, and ‖δ_t‖²: (n, B)."""
-    if torch.is_grad_enabled():
-        sizes = torch.stack(
-            [
-                row_sq_norm(h) if counts else h.new_zeros(h.shape[0])
-                for h, counts in zip(chain.hidden, norm.weights, strict=True)
-            ]
-        )
-        counted = [weight or bias for weight, bias in zip(norm.weights, norm.biases, strict=True)]
-        squares = torch.stack(
-            [
-                row_sq_norm(delta) if counts else delta.new_zeros(delta.shape[0])
-                for delta, counts in zip(deltas.at, counted, strict=True)
-            ]
-        )
-        return sizes + torch.tensor(norm.biases, device=sizes.device).unsqueeze(1), squares
-    sizes, squares = deltas.at[0].new_zeros(2, len(deltas.at), deltas.at[0].shape[0])
-    for t, (delta, h, weight, bias) in enumerate(zip(deltas.at, chain.hidden, norm.weights, norm.biases, strict=True)):
-        if weight:
-            row_sq_norms(h, out=sizes[t])
-        if weight or bias:
-            row_sq_norms(delta, out=squares[t])
-    if all(norm.biases):
-        sizes.add_(1)
-    else:
-        for size, counts in zip(sizes, norm.biases, strict=True):
-            size.add_(float(counts))
-    return sizes, squares
+    nothing = deltas.at[0].new_zeros(deltas.at[0].shape[0])
+    sizes = [_row_sq_norm(h) if counts else nothing for h, counts in zip(chain.hidden, norm.weights, strict=True)]
+    if not all(norm.biases):
+        sizes = [size + 1 if counts else size for size, counts in zip(sizes, norm.biases, strict=True)]
+    counted = [weight or bias for weight, bias in zip(norm.weights, norm.biases, strict=True)]
+    squares = [_row_sq_norm(delta) if counts else nothing for delta, counts in zip(deltas.at, counted, strict=True)]
+    return torch.stack(sizes) + 1 if all(norm.biases) else torch.stack(sizes), torch.stack(squares)
 
 
 def _row_sq_norm(tensor: Tensor) -> Tensor:

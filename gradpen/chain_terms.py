@@ -171,10 +171,12 @@ def _with_known_gradient(
 def _data_loss(output: Tensor, known: Iterable[OfScalar], criterion: Criterion, target: Any) -> DataLoss | None:
     """The data loss, if there is a formula for its gradient; from ∂f_i/∂output if that is among the known ones."""
     function = Scalar(criterion.source, criterion.per_sample, target)
-    if not function.is_cross_entropy_at(output):
-        return None
     same = (one for one in known if isinstance(one, OfCrossEntropy) and one.is_of(function))
-    cotangent = next(same, None) or OfCrossEntropy(function, output)
+    cotangent = next(same, None)
+    if cotangent is None:
+        if not function.is_cross_entropy_at(output):
+            return None
+        cotangent = OfCrossEntropy(function, output)
     value, multiple = cotangent.data_loss(criterion.reduction)
     return DataLoss(value, cotangent, multiple)
 

@@ -118,7 +118,6 @@ class OfCrossEntropy:
         known = number_if_at_hand(count)
         return loss, size / (max(known, 1.0) if isinstance(known, float) else known.clamp(min=1))
 
-    @torch.no_grad()
     def _loss(self, reduction: int) -> tuple[Tensor, Tensor]:
         """The loss, and how many targets are not ignored."""
         return _nll_loss(self._log_softmax, self._function.target, None, reduction, IGNORED)

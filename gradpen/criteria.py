@@ -6,7 +6,7 @@ import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
@@ -28,7 +28,7 @@ class Criterion:
     source: Callable[..., Tensor]
     reduction: str | None
 
-    @property
+    @cached_property
     def follows_mean(self) -> bool:
         """Whether the data loss is known to be a multiple of mean_i f_i, so that one gradient gives the other."""
         return self.reduction in (None, "none") or (

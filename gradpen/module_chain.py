@@ -118,7 +118,7 @@ def _run(
 ) -> DenseChain:
     hidden: list[Tensor] = [h]
     done: list[Elementwise] = []
-    lies = pays_by_feature(h, [len(weight) for weight in weights[:-1]])
+    lies = pays_by_feature(h, weights)
     z = affine(h, weights[0], biases[0], by_feature=lies)
     first = z if keep_first else None
     for t, (elementwise, dropout) in enumerate(between, start=1):

@@ -53,11 +53,12 @@ class GradPenalty(nn.Module):
             y: target of shape (B, …), as the criterion takes it.
 
         Returns:
-            A differentiable 0-dim tensor; 0 on the steps that ``every_n_steps`` leaves out.
+            A differentiable 0-dim tensor; 0, and nothing is computed, on the steps that ``every_n_steps`` leaves out and
+            where the weight is 0.
         """
         _checks.check_model(model)
         factor = self.advance(model)
-        if factor is None:
+        if factor is None or (factor == 0 and not torch.compiler.is_compiling()):
             return _zero(model, x)
         norms = _evaluate_terms(model, x, y, [(self.term, self._criterion)]).norms[0]
         return factor * self.reduce(norms)
@@ -337,7 +338,8 @@ class PenalizedLoss(nn.Module):
         terms = [
             (penalty.term, self._criterion if penalty.criterion is None else penalty._criterion) for penalty, _ in due
         ]
-        weighted = torch.compiler.is_compiling() or any(factor != 0 for _, factor in due)
+        compiling = torch.compiler.is_compiling()
+        weighted = compiling or any(factor != 0 for _, factor in due)
         evaluated = _evaluate_terms(model, x, y, terms, data=self._criterion, create_graph=weighted)
         data_loss = evaluated.data_loss
         if data_loss is None:
@@ -348,7 +350,10 @@ class PenalizedLoss(nn.Module):
                 values[penalty.name] = data_loss.new_zeros(())
                 continue
             values[penalty.name] = penalty.reduce(next(norms))
-            loss = loss + factor * values[penalty.name]
+            if compiling or factor != 0:  # what does not count may be infinite
+                loss = torch.add(loss, values[penalty.name], alpha=factor)
+        if loss is data_loss:
+            loss = data_loss.clone()  # `loss /= n` must leave the data loss alone
         return PenalizedOutput(loss, data_loss, values, evaluated.output)
 
 

@@ -58,6 +58,4 @@ def test_affine(rows, bias):
 def test_sums_over_rows(rows):
     a, b = rows
     close(_layout.dot(a, b), (a * b).sum())
-    out = torch.empty(20, dtype=torch.float64)
-    assert _layout.row_sq_norms(a, out=out) is out
-    close(out, (a * a).sum(1))
+    close(_layout.row_sq_norms(a), (a * a).sum(1))

@@ -257,6 +257,42 @@ def test_a_weight_of_zero_reports_but_does_not_pull(problem):
     assert ref.relative_error(ref.flat_gradient(out.loss, model), expected) < 1e-14
 
 
+def infinite(output, target):
+    return output[:, 0] * torch.inf
+
+
+def test_what_does_not_count_may_be_infinite(problem):
+    model, x, y, _ = problem
+    penalties = [InputGradPenalty(0.0, of=infinite, name="infinite"), InputGradPenalty(0.1)]
+    for chosen in (penalties, penalties[:1]):
+        out = PenalizedLoss(F.cross_entropy, *chosen)(model, x, y)
+        assert not out.penalties["infinite"].isfinite()
+        assert out.loss.isfinite()
+        assert ref.flat_gradient(out.loss, model).isfinite().all()
+
+
+def test_a_penalty_of_weight_zero_runs_nothing(problem):
+    model, x, y, _ = problem
+    counting = Counting(model)
+    penalty = InputGradPenalty(lambda step: 0.5 * step)
+    assert penalty(counting, x, y) == 0
+    assert counting.calls == 0
+    assert penalty(counting, x, y) > 0
+    assert counting.calls == 1
+
+
+@pytest.mark.parametrize("penalties", [[], [ParamGradPenalty(0.0)], [InputGradPenalty(every_n_steps=2)]])
+def test_the_loss_may_be_changed_in_place(problem, penalties):
+    model, x, y, _ = problem
+    objective = PenalizedLoss(F.cross_entropy, *penalties)
+    objective(model, x, y)
+    out = objective(model, x, y)
+    expected = out.data_loss.item()
+    out.loss.div_(4)  # micro-batches
+    assert out.data_loss.item() == expected
+    assert out.loss.item() == pytest.approx(expected / 4)
+
+
 def test_the_criterion_of_the_objective_is_the_penaltys_unless_it_has_its_own(problem):
     model, x, _, _ = problem
     y = torch.rand(5, 3, dtype=torch.float64)
