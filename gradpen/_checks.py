@@ -119,6 +119,17 @@ def check_not_compiled(modules: Iterable[nn.Module], method: str) -> None:
         )
 
 
+def check_leaves(parameters: Mapping[str, Tensor]) -> None:
+    """A difference quotient hands its gradient to the parameters, which must not be functions of others."""
+    functions = [name for name, parameter in parameters.items() if not parameter.is_leaf]
+    if functions:
+        raise RuntimeError(
+            f'method="finite_difference" needs parameters that are leaves of the graph, but {", ".join(functions)} were '
+            'computed from other tensors (torch.func.functional_call, say): use method="exact", or leave them out with '
+            "parameters=…"
+        )
+
+
 def warn_of_wrong_second_derivatives(modules: Mapping[str, nn.Module]) -> None:
     """The fused kernel of torch's weight_norm fails gradgradcheck: values are right, their gradients are not."""
     for name, module in modules.items():

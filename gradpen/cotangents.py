@@ -96,6 +96,8 @@ class OfCrossEntropy:
         self._function = function
         with torch.no_grad():
             self._log_softmax = torch.log_softmax(output, 1)
+            # the loss looks whether all targets are classes; its derivative writes wherever they point
+            self._mean_and_count = self._loss(_MEAN)
             ones = self._log_softmax.new_ones(output.shape[0])
             self._minus_one_hot = _nll_loss_backward(
                 ones, self._log_softmax, function.target, None, _UNREDUCED, IGNORED, ones[0]
@@ -114,7 +116,7 @@ class OfCrossEntropy:
             return self.f.mean(), 1.0
         if reduction == "sum":
             return self._loss(_SUM)[0], float(size)
-        loss, count = self._loss(_MEAN)
+        loss, count = self._mean_and_count
         known = number_if_at_hand(count)
         return loss, size / (max(known, 1.0) if isinstance(known, float) else known.clamp(min=1))
 

@@ -35,6 +35,10 @@ class Criterion:
             self.reduction in ("mean", "sum") and self._is(_MEANS | _WEIGHTED_MEANS)
         )
 
+    def is_of(self, source: Callable[..., Tensor]) -> bool:
+        """Whether this is what `source` is taken apart into, which may have been changed since."""
+        return source is self.source and (not isinstance(source, nn.Module) or _reduction_of(source) == self.reduction)
+
     @property
     def _divides_by_weights(self) -> bool:
         """Whether its mean is divided by a sum of weights, not by the number of entries."""
@@ -123,7 +127,8 @@ _WEIGHTED_MEANS: frozenset[Any] = frozenset({F.cross_entropy, nn.CrossEntropyLos
 def _unreduced(module: nn.Module, output: Any, target: Any) -> Tensor:
     """What a criterion returns with ``reduction="none"``; set and put back under torch.compile, which traces no copies."""
     if not torch.compiler.is_compiling():
-        unreduced = copy.copy(module)  # shares parameters and buffers, leaves the user's module alone
+        original = getattr(module, "_orig_mod", module)  # torch.compile's wrapper hands its attributes on to it
+        unreduced = copy.copy(original)  # shares parameters and buffers, leaves the user's module alone
         setattr(unreduced, "reduction", "none")  # modules declare no attributes
         return cast(Tensor, unreduced(output, target))
     reduction = getattr(module, "reduction")

@@ -160,9 +160,9 @@ def evaluate_terms(
         TypeError, ValueError, RuntimeError: as `gradpen.functional` says.
     """
     _checks.check_model(model)
-    _checks.check_grad_enabled()
     if not terms:
         return Evaluation(call_model(model, x), [])
+    _checks.check_grad_enabled()
     first_order = data is not None and _one_backward_pass_does(terms, data, create_graph)
     requests = [_request(model, term, criterion, y) for term, criterion in terms]
 
@@ -417,6 +417,11 @@ def check_output(recording: Recording) -> Tensor:
             f'of="output" expects the model to return one tensor (B, …), got {type(output).__name__}: give a callable '
             "(output, target) → (B,) as of=…"
         )
+    if output.is_complex():
+        raise TypeError(
+            f'of="output" expects real outputs, got {output.dtype}: let the model return torch.view_as_real(output), whose '
+            "Jacobian has a row for either part"
+        )
     _checks.check_not_empty(output)
     _checks.check_input_rows(recording.inputs, output.shape[0])
     return output
@@ -545,7 +550,11 @@ def check_call(model: nn.Module, terms: Sequence[Term]) -> list[dict[str, nn.Par
     apart = next((_quantity(term) for term in terms if isinstance(term, InputTerm) or term.over != "batch"), None)
     if apart is not None:
         _checks.check_none_mixes_samples(modules, apart)
-    return [select_parameters(model, term.parameters) if isinstance(term, ParamTerm) else {} for term in terms]
+    chosen = [select_parameters(model, term.parameters) if isinstance(term, ParamTerm) else {} for term in terms]
+    for term, parameters in zip(terms, chosen, strict=True):
+        if term.method == "finite_difference":
+            _checks.check_leaves(parameters)
+    return chosen
 
 
 def _quantity(term: Term) -> str:

@@ -119,11 +119,17 @@ def param_norm(
             name: torch.addcmul(parameters[name], _dense(gradient), (signed_step * inverse).to(gradient.dtype))
             for name, gradient in gradients.items()
         }
-        with replay():
-            value = scalar(call_with(model, moved, x, buffers)).mean()
-        if not torch.compiler.is_compiling():
+
+        def derived(output: Any) -> Tensor:  # while the parameters are displaced: checkpoints run the model again
+            value = scalar(output).mean()
             _check_displaced(reached_around(value, parameters, list(moved.values())))
-        return value
+            return with_known_gradient(value, x).loss
+
+        with replay():
+            if torch.compiler.is_compiling():
+                return scalar(call_with(model, moved, x, buffers)).mean()
+            found: Tensor = call_with(model, moved, x, buffers, derived)
+            return found
 
     return _norm_with_gradient(norm, _difference_quotient(displaced, loss, scheme, step))
 

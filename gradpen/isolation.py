@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from gradpen._attributes import attributes_kept
 from gradpen.recording import RngState, map_tensors
 
 
@@ -41,8 +41,6 @@ def untouched(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def state_kept(model: nn.Module) -> Iterator[None]:
     """Flags and other attributes, buffers, weights of Embedding(max_norm=…), random streams are afterwards as before."""
-    attributes = [(module, type(module), dict(vars(module))) for module in model.modules()]
-    containers = {id(value): (value, copy.copy(value)) for *_, found in attributes for value in _containers(found)}
     renormed = [  # embeddings whose forward pass shortens rows of the weight in place
         (module.weight, module.weight.detach().clone())
         for module in model.modules()
@@ -55,44 +53,17 @@ def state_kept(model: nn.Module) -> Iterator[None]:
         if buffer is not None
     ]
     try:
-        with random_streams_kept():
+        with random_streams_kept(), attributes_kept(model):
             for module, name, buffer in buffers:  # the originals may be part of a graph that is still to be used
                 module._buffers[name] = buffer.clone()
             yield
     finally:
         for module, name, buffer in buffers:
             module._buffers[name] = buffer
-        for container, items in containers.values():
-            _put_back(container, items)
-        for module, kind, found in attributes:
-            if type(module) is kind:  # a lazy one has become another module
-                _put_back(vars(module), found)
         with torch.no_grad():
             for weight, before in renormed:
                 if not torch.equal(weight, before):
                     weight.copy_(before)
-
-
-def _containers(attributes: dict[str, Any]) -> list[Any]:
-    """Lists, dicts and sets, but for those in which torch keeps a module's parts."""
-    return [value for name, value in attributes.items() if type(value) in (list, dict, set) and name not in _PARTS]
-
-
-_PARTS = frozenset(vars(nn.Module()))
-
-
-def _put_back(container: Any, items: Any) -> None:
-    """The very items that a list, dict or set had, unless it still has them."""
-    if type(container) is dict:
-        if container.keys() == items.keys() and all(container[name] is value for name, value in items.items()):
-            return
-        container.clear()
-        container.update(items)
-    elif type(container) is set:
-        container.clear()
-        container.update(items)
-    elif len(container) != len(items) or any(a is not b for a, b in zip(container, items, strict=True)):
-        container[:] = items
 
 
 @contextlib.contextmanager

@@ -81,7 +81,7 @@ def _plan(model: nn.Module, *, is_flat: bool) -> tuple[list[Tensor], list[Tensor
     while pending:
         module = pending.pop()
         kind = type(module)
-        if kind.forward is not _FORWARDS.get(kind) or is_changed(module):
+        if kind not in _FORWARDS or kind.forward is not _FORWARDS[kind] or is_changed(module):
             return None
         if kind is nn.Sequential:
             pending += reversed(module._modules.values())

@@ -62,6 +62,9 @@ def plan_parameters(
     plan = ParameterPlan({}, [])
     for name, parameter in parameters.items():
         edges = walk.leaf_edges[id(parameter)]
+        if not parameter.is_leaf and parameter.grad_fn in walk.nodes:
+            plan.mapped.append(name)  # a function of others, put in its place by torch.func.functional_call
+            continue
         if edges == 0:
             continue  # f does not depend on it: its gradient is 0
         found = uses.get(id(parameter), [])
@@ -260,11 +263,11 @@ def _mapped_sq_norm(
     try:
         with _inference_kernels_off():
             mapped = run_mapped(model, x, scalar, parameters, batch_size, group_size, rng.replayed)
+            known = settled and key in _same_values.get(model, ())
+            obstacle = find_obstacle(f, mapped, parameters, same_values=known)
+            sq_norm = f if obstacle else mapped.sq_norm(create_graph)  # checkpoints run the model again
     except (RuntimeError, ValueError) as error:  # ValueError: outputs of a type that vmap does not know
         obstacle = f"torch.func.vmap cannot run the model: {_first_line(error)}"
-    else:
-        known = settled and key in _same_values.get(model, ())
-        obstacle = find_obstacle(f, mapped, parameters, same_values=known)
     if obstacle:
         check_rows_apart(model, x, batch_size, scalar, list(parameters), rng)
         warnings.warn(
@@ -273,7 +276,7 @@ def _mapped_sq_norm(
         )
         return _looped_sq_norm(f, list(parameters.values()), group_size, create_graph)
     _same_values.setdefault(model, set()).add(key)
-    return mapped.sq_norm(create_graph)
+    return sq_norm
 
 
 # models whose second forward pass has been compared with the first: comparing makes the host wait for the device

@@ -60,8 +60,15 @@ class GradPenalty(nn.Module):
         factor = self.advance(model)
         if factor is None or (factor == 0 and not torch.compiler.is_compiling()):
             return _zero(model, x)
-        norms = _evaluate_terms(model, x, y, [(self.term, self._criterion)]).norms[0]
+        norms = _evaluate_terms(model, x, y, [(self.term, self.taken_apart())]).norms[0]
         return factor * self.reduce(norms)
+
+    def taken_apart(self) -> Criterion:
+        """The criterion as it is now."""
+        source = F.cross_entropy if self.criterion is None else self.criterion
+        if not self._criterion.is_of(source):
+            self._criterion = as_criterion(source)
+        return self._criterion
 
     def advance(self, model: nn.Module) -> float | None:
         """Count one call; what R is to be multiplied by now, or None on a step that is left out.
@@ -170,6 +177,11 @@ class InputGradPenalty(GradPenalty):
         super().__init__(weight, criterion=criterion, squared=squared, every_n_steps=every_n_steps, name=name)
         if target is not None:
             _checks.check_norm_target(target)
+        if target is not None and not squared:
+            raise ValueError(
+                "target=… penalises the squared distance of the norm from it, which squared=False says nothing about: leave "
+                "one of them out"
+            )
         if one_sided and target is None:
             raise ValueError("one_sided=True penalises norms above a target, so it expects target=…, got None")
         self.term = InputTerm(of, method, num_projections, scheme, step, generator)
@@ -333,17 +345,20 @@ class PenalizedLoss(nn.Module):
         """
         _checks.check_model(model)
         penalties = [penalty for penalty in self.penalties if isinstance(penalty, GradPenalty)]
+        if not self._criterion.is_of(self.criterion):
+            self._criterion = as_criterion(self.criterion)
+        criterion = self._criterion
         factors = [penalty.advance(model) for penalty in penalties]
         due = [(penalty, factor) for penalty, factor in zip(penalties, factors, strict=True) if factor is not None]
         terms = [
-            (penalty.term, self._criterion if penalty.criterion is None else penalty._criterion) for penalty, _ in due
+            (penalty.term, criterion if penalty.criterion is None else penalty.taken_apart()) for penalty, _ in due
         ]
         compiling = torch.compiler.is_compiling()
         weighted = compiling or any(factor != 0 for _, factor in due)
-        evaluated = _evaluate_terms(model, x, y, terms, data=self._criterion, create_graph=weighted)
+        evaluated = _evaluate_terms(model, x, y, terms, data=criterion, create_graph=weighted)
         data_loss = evaluated.data_loss
         if data_loss is None:
-            data_loss = self._criterion.data_loss(evaluated.output, y)
+            data_loss = criterion.data_loss(evaluated.output, y)
         values, loss, norms = {}, data_loss, iter(evaluated.norms)
         for penalty, factor in zip(penalties, factors, strict=True):
             if factor is None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from gradpen import _graph
+from gradpen._attributes import attributes_kept
 
 
 class Call(NamedTuple):
@@ -81,9 +82,12 @@ def record_forward(model: nn.Module, x: Any, *, input_grad: bool, calls: bool) -
     fed = map_floats(x, requiring_grad) if input_grad else x
     inputs = float_tensors(fed)
     if input_grad and not inputs:
+        way = "convert it (x.float()), or penalise an embedding instead of integer indices"
+        if any(tensor.is_complex() for tensor in tensors_of(x)):
+            way = "give torch.view_as_real(x) to a model that puts it together again (torch.view_as_complex)"
         raise TypeError(
             "expected at least one floating-point input tensor to differentiate with respect to, got "
-            f"{_describe(x)}: convert it (x.float()), or penalise an embedding instead of integer indices"
+            f"{_describe(x)}: {way}"
         )
     if not (calls or input_grad):
         return Recording(call_model(model, fed), inputs)
@@ -164,20 +168,69 @@ def copied_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def call_with(
-    model: nn.Module, replaced: Mapping[str, Tensor], x: Any, buffers: Mapping[str, Tensor] | None = None
+    model: nn.Module,
+    replaced: Mapping[str, Tensor],
+    x: Any,
+    buffers: Mapping[str, Tensor] | None = None,
+    then: Callable[[Any], Any] | None = None,
 ) -> Any:
     """``model(x)`` with other tensors in place of the named parameters, and copies in place of the buffers.
 
-    A second forward pass must not be counted twice in running statistics. To repeat a pass that updates what it depends on
-    (the power iteration of spectral_norm) it has to start from the buffers of then: `buffers`, instead of those of now.
+    A second forward pass must not be counted twice in running statistics, and what it leaves in attributes of modules is
+    not what their owner expects to find there. To repeat a pass that updates what it depends on (the power iteration of
+    spectral_norm) it has to start from the buffers of then: `buffers`, instead of those of now.
+
+    Args:
+        model: any module.
+        replaced: name → tensor.
+        x: a tensor, a tuple or a dict.
+        buffers: name → buffer.
+        then: done to the output while the tensors are still in place: checkpoints look for them again in a backward pass.
     """
     copies = copied_buffers(model) if buffers is None else {name: buffer.clone() for name, buffer in buffers.items()}
-    tensors = copies | dict(replaced)
-    if not tensors:
-        return call_model(model, x)
-    if isinstance(x, Mapping):
-        return torch.func.functional_call(model, tensors, (), dict(x))
-    return torch.func.functional_call(model, tensors, tuple(x) if isinstance(x, (tuple, list)) else (x,))
+    tensors = _at_all_places(model, copies | dict(replaced))
+    kept = contextlib.nullcontext() if torch.compiler.is_compiling() else attributes_kept(model)
+    with kept:
+        whole = model
+        if then is not None:
+            whole, tensors = _AndThen(model, then), {f"model.{name}": tensor for name, tensor in tensors.items()}
+        if not tensors:
+            return call_model(whole, x)
+        if isinstance(x, Mapping):
+            return torch.func.functional_call(whole, tensors, (), dict(x), tie_weights=False)
+        args = tuple(x) if isinstance(x, (tuple, list)) else (x,)
+        return torch.func.functional_call(whole, tensors, args, tie_weights=False)
+
+
+class _AndThen(nn.Module):
+    """A model, and something done to its output."""
+
+    def __init__(self, model: nn.Module, then: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.model = model
+        self.then = then
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.then(self.model(*args, **kwargs))
+
+
+def _at_all_places(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors under the names of all places at which the parameters or buffers are found that they replace.
+
+    Every place has one name, also in a module that has several: `torch.func.functional_call` visits every name that it
+    finds for a tied tensor, and after the second visit of a place it puts back what the first one had put there.
+    """
+    places: dict[int, list[str]] = {}
+    for prefix, module in model.named_modules():
+        for own in (module._parameters, module._buffers):
+            for name, tensor in own.items():
+                if tensor is not None:
+                    places.setdefault(id(tensor), []).append(f"{prefix}.{name}" if prefix else name)
+    found = dict(tensors)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name in tensors:
+            found |= dict.fromkeys(places[id(tensor)], tensors[name])
+    return found
 
 
 class RngState(NamedTuple):

@@ -36,6 +36,10 @@ class InputTerm:
         _checks.check_choice("scheme", self.scheme, finite_difference.SCHEMES)
         _checks.check_positive_int("num_projections", self.num_projections)
         _checks.check_positive("step", self.step)
+        if self.method != "projection" and (self.num_projections != 1 or self.generator is not None):
+            raise ValueError(
+                f'num_projections and generator go with method="projection", got method={self.method!r}: leave them out'
+            )
         if self.method == "projection" and self.of != "output":
             raise ValueError(
                 'method="projection" estimates the Jacobian of all outputs from random output directions, so it goes '
@@ -147,10 +151,16 @@ def select_parameters(model: nn.Module, which: ParameterFilter | None) -> dict[s
         )
     if which is None:
         return trainable
-    if callable(which):
-        chosen = {name: p for name, p in trainable.items() if which(name, p)}
-    else:
-        chosen = {name: p for name, p in trainable.items() if any(fnmatch(name, pattern) for pattern in which)}
+    names: dict[int, list[str]] = {}  # a tied parameter has several
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), []).append(name)
+
+    def counts(name: str, p: nn.Parameter) -> bool:
+        if callable(which):
+            return bool(which(name, p))
+        return any(fnmatch(name, pattern) for pattern in which)
+
+    chosen = {name: p for name, p in trainable.items() if any(counts(alias, p) for alias in names[id(p)])}
     if not chosen:
         raise ValueError(f"parameters={which!r} selects none of {', '.join(trainable)}")
     return chosen

@@ -591,6 +591,13 @@ def test_a_forward_of_ones_own(looked):
     assert looked.found == [True, True]
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_a_scripted_module_within():
+    model, (x, y) = nn.Sequential(nn.Flatten(), nn.Linear(6, 4), torch.jit.script(nn.Tanh()), nn.Linear(4, 3)), batch()
+    values = input_grad_sq_norm(model.double(), x, y)
+    ref.assert_close(values, ref.input_grad_sq_norm(model, x, y, cases.cross_entropy_row))
+
+
 @pytest.mark.parametrize("name", NO_CHAINS)
 def test_what_is_no_chain(name, looked):
     torch.manual_seed(0)

@@ -69,6 +69,9 @@ CONSTRUCTORS = [
     (lambda: InputGradPenalty(target="1"), ValueError, "target.*'1'"),
     (lambda: ParamGradPenalty(parameters=list(model().parameters())), TypeError, r"\*\.weight.*Parameter"),
     (lambda: InputGradPenalty(one_sided=True), ValueError, "one_sided.*target"),
+    (lambda: InputGradPenalty(target=1.0, squared=False), ValueError, "target.*squared=False"),
+    (lambda: InputGradPenalty(num_projections=2), ValueError, "num_projections.*projection.*'exact'"),
+    (lambda: InputGradPenalty(of="output", generator=torch.Generator()), ValueError, "generator.*projection.*'exact'"),
     (lambda: InputGradPenalty(criterion="mse"), TypeError, "criterion.*'mse'"),
     (lambda: InputGradPenalty(criterion=OwnMean()), ValueError, "OwnMean.*mean.*got 'mean_over_valid'"),
     (lambda: InputGradPenalty(criterion=nn.MSELoss), TypeError, r"class MSELoss.*MSELoss\(\)"),
@@ -261,3 +264,44 @@ def test_an_input_of_the_wrong_size_is_named():
 def test_a_missing_target_is_the_criterions_error():
     with pytest.raises((TypeError, ValueError)):
         input_grad_sq_norm(model(), X)
+
+
+@pytest.mark.parametrize("target", [3, 40, -1, -7])
+@pytest.mark.parametrize(
+    "penalty",
+    [
+        InputGradPenalty(),
+        ParamGradPenalty(),
+        ParamGradPenalty(over="batch"),
+        ParamGradPenalty(over="batch", method="finite_difference"),
+    ],
+)
+def test_a_target_that_is_no_class_is_refused_before_anything_is_written(penalty, target):
+    """The kernel of the derivative writes wherever a target points, into the row of another sample or beyond the tensor."""
+    wrong = Y.clone()
+    wrong[2] = target
+    with pytest.raises(IndexError, match=f"{target} is out of bounds"):
+        penalty(model(), X, wrong)
+    with pytest.raises(IndexError, match=f"{target} is out of bounds"):
+        PenalizedLoss(F.cross_entropy, penalty)(model(), X, wrong)
+    with pytest.raises(IndexError, match=f"{target} is out of bounds"):
+        param_grad_sq_norm(model(), X, wrong, create_graph=False)
+
+
+def test_complex_numbers_are_sent_on():
+    with pytest.raises(TypeError, match="view_as_real"):
+        InputGradPenalty()(model(), X.to(torch.complex64), Y)
+    spectrum = nn.Sequential(nn.Linear(4, 3), nn.Identity())
+    spectrum.forward = lambda x: torch.fft.fft(x)
+    with pytest.raises(TypeError, match=r"complex64.*view_as_real"):
+        input_grad_sq_norm(spectrum, X, of="output")
+
+
+def test_without_penalties_nothing_needs_autograd():
+    objective = PenalizedLoss(F.cross_entropy, InputGradPenalty(every_n_steps=2))
+    objective(model(), X, Y)
+    with torch.no_grad():
+        assert objective(model(), X, Y).loss > 0
+        assert PenalizedLoss(F.cross_entropy)(model(), X, Y).loss > 0
+    with torch.no_grad(), pytest.raises(RuntimeError, match="no_grad"):
+        objective(model(), X, Y)

@@ -1140,9 +1140,23 @@ def test_parameters_that_the_criterion_uses(name, over):
 
 
 @pytest.mark.parametrize("name", ["likelihood", "decayed"])
-def test_finite_differences_say_what_they_cannot_displace(name):
+def test_finite_differences_displace_what_the_criterion_finds_in_the_model(name):
     model, x, y, criteria = uses_of_parameters_by_the_criterion()
-    options = {"criterion": criteria[name], "over": "batch", "method": "finite_difference"}
+    options = {"criterion": criteria[name], "over": "batch"}
+    found = param_grad_sq_norm(model, x, y, method="finite_difference", scheme="central", step=1e-4, **options)
+    exact = param_grad_sq_norm(model, x, y, **options)
+    ref.assert_close(found, exact, 1e-12)
+    assert ref.relative_error(ref.flat_gradient(found, model), ref.flat_gradient(exact, model)) < 1e-7
+
+
+def test_finite_differences_say_what_they_cannot_displace():
+    model, x, y, _ = uses_of_parameters_by_the_criterion()
+    log_variance = model.log_variance
+
+    def likelihood(output, target):
+        return ((output - target).square() * (-log_variance).exp() + log_variance).sum(1)
+
+    options = {"criterion": likelihood, "over": "batch", "method": "finite_difference"}
     with pytest.raises(RuntimeError, match=r"criterion.*exact.*parameters="):
         param_grad_sq_norm(model, x, y, **options)
     others = ["net.2.*"]

@@ -6,6 +6,7 @@ import copy
 import math
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 
 import cases
 import pytest
@@ -26,10 +27,14 @@ class Counting(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.calls = 0
+        self.seen = SimpleNamespace(calls=0)  # attributes of the module are put back after a second pass
+
+    @property
+    def calls(self) -> int:
+        return self.seen.calls
 
     def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
-        self.calls += 1
+        self.seen.calls += 1
         return self.model(*args, **kwargs)
 
 
@@ -302,6 +307,47 @@ def test_the_criterion_of_the_objective_is_the_penaltys_unless_it_has_its_own(pr
     ref.assert_close(out.penalties["input"], ref.input_grad_sq_norm(model, x, y, cases.squared_error_row).mean())
     soft = lambda o, t: -(t * o.log_softmax(0)).sum()  # noqa: E731
     ref.assert_close(out.penalties["other"], ref.input_grad_sq_norm(model, x, y, soft).mean())
+
+
+def test_a_criterion_may_be_changed(problem):
+    model, x, _, _ = problem
+    y = torch.rand(5, 3, dtype=torch.float64)
+    criterion = nn.MSELoss()
+    objective, penalty = PenalizedLoss(criterion, ParamGradPenalty(0.0)), InputGradPenalty(criterion=nn.MSELoss())
+    objective(model, x, y)
+    penalty(model, x, y)
+    criterion.reduction = "sum"
+    out = objective(model, x, y)
+    expected = F.mse_loss(model(x), y, reduction="sum")
+    assert torch.equal(out.loss, expected)
+    gradients = [ref.flat_gradient(loss, model) for loss in (out.loss, expected)]
+    assert ref.relative_error(*gradients) < 1e-13
+    objective.criterion, penalty.criterion = nn.L1Loss(), nn.L1Loss()
+    assert torch.equal(objective(model, x, y).loss, F.l1_loss(model(x), y))
+    ref.assert_close(penalty(model, x, y), InputGradPenalty(criterion=F.l1_loss)(model, x, y), 1e-13)
+    penalty.criterion = None
+    assert penalty(model, x, problem[2]) > 0
+
+
+def test_a_compiled_criterion_keeps_its_reduction(problem):
+    model, x, y, _ = problem
+    criterion = nn.CrossEntropyLoss()
+    out = PenalizedLoss(torch.compile(criterion, backend="eager"), InputGradPenalty(0.1))(model, x, y)
+    assert criterion.reduction == "mean"
+    ref.assert_close(out.loss, PenalizedLoss(criterion, InputGradPenalty(0.1))(model, x, y).loss, 1e-13)
+
+
+@pytest.mark.parametrize("pattern", [["second.*"], ["first.*"], lambda name, _: name.startswith("second")])
+def test_a_tied_parameter_is_found_under_all_its_names(pattern):
+    model = nn.Module()
+    model.first, model.second = nn.Linear(4, 4), nn.Linear(4, 4)
+    model.second.weight = model.first.weight
+    model.forward = lambda x: model.second(model.first(x).tanh())
+    x, y = torch.randn(5, 4), torch.randint(4, (5,))
+    found = param_grad_sq_norm(model, x, y, over="batch", parameters=pattern)
+    (part,) = {"first", "second"} - {"first" if pattern == ["first.*"] else "second"}
+    left_out = param_grad_sq_norm(model, x, y, over="batch", parameters=[f"{part}.bias"])
+    ref.assert_close(found + left_out, param_grad_sq_norm(model, x, y, over="batch"), 1e-5)
 
 
 def test_one_dropout_mask_for_data_loss_and_penalties(problem):

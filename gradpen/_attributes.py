@@ -1,0 +1,50 @@
+"""What a forward pass leaves in the attributes of modules, and how they are put back."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+
+@contextlib.contextmanager
+def attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Attributes of all modules are afterwards as before; the lists, dicts and sets among them have the items that they had.
+
+    What changes deeper inside, or in place in a tensor, stays changed.
+    """
+    attributes = [(module, type(module), dict(vars(module))) for module in model.modules()]
+    containers = {id(value): (value, copy.copy(value)) for *_, found in attributes for value in _containers(found)}
+    try:
+        yield
+    finally:
+        for container, items in containers.values():
+            _put_back(container, items)
+        for module, kind, found in attributes:
+            if type(module) is kind:  # a lazy one has become another module
+                _put_back(vars(module), found)
+
+
+def _containers(attributes: dict[str, Any]) -> list[Any]:
+    """Lists, dicts and sets, but for those in which torch keeps a module's parts."""
+    return [value for name, value in attributes.items() if type(value) in (list, dict, set) and name not in _PARTS]
+
+
+_PARTS = frozenset(vars(nn.Module()))
+
+
+def _put_back(container: Any, items: Any) -> None:
+    """The very items that a list, dict or set had, unless it still has them."""
+    if type(container) is dict:
+        if container.keys() == items.keys() and all(container[name] is value for name, value in items.items()):
+            return
+        container.clear()
+        container.update(items)
+    elif type(container) is set:
+        container.clear()
+        container.update(items)
+    elif len(container) != len(items) or any(a is not b for a, b in zip(container, items, strict=True)):
+        container[:] = items
