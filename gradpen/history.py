@@ -19,6 +19,8 @@ _SUMMARY = ("tightness", "coefficient")
 def report_rows(report: InequalityReport, *, step: int, epoch: int, by_layer: str = "all") -> list[Row]:
     """One row for the network (layer "all") and one for every layer in the sum; means over the samples.
 
+    A layer that is called "all" itself has "layer all" in its row.
+
     Args:
         report: one evaluation.
         step: optimiser steps done so far.
@@ -31,7 +33,8 @@ def report_rows(report: InequalityReport, *, step: int, epoch: int, by_layer: st
         for layer in report.layers:
             values = layer_values(layer)
             kept = values if by_layer == "all" else {name: values[name] for name in _SUMMARY}
-            rows.append({**where, "layer": layer.name, **kept})
+            name = f"layer {layer.name}" if layer.name == ALL_LAYERS else layer.name
+            rows.append({**where, "layer": name, **kept})
     return rows
 
 

@@ -16,10 +16,13 @@ from torchmetrics import Metric
 from torchmetrics.wrappers.abstract import WrapperMetric
 
 from gradpen import _checks
-from gradpen.functional import input_grad_sq_norm, param_grad_sq_norm
+from gradpen.criteria import as_criterion
+from gradpen.evaluation import evaluate_terms
+from gradpen.functional import param_grad_sq_norm
 from gradpen.inequality import evaluate_inequality
 from gradpen.isolation import outside_inference, untouched
 from gradpen.layer_norms import NORMS
+from gradpen.terms import InputTerm
 
 __all__ = ["GeneralizationGap", "GeometricComplexity", "InequalityTightness", "ParamGradSqNorm"]
 
@@ -320,8 +323,11 @@ def _split_of(args: tuple[Any, ...], split: str | None) -> tuple[tuple[Any, ...]
 
 def _geometric_complexity_update(model: nn.Module, x: Any) -> tuple[Tensor, Tensor]:
     """Sum of ‖∇_x F(x_i)‖_F² over a batch, and B."""
+    term = (InputTerm(of="output"), as_criterion(F.cross_entropy))
     with untouched(model):
-        values = input_grad_sq_norm(model, outside_inference(x), of="output", create_graph=False)
+        output, (found,), _ = evaluate_terms(model, outside_inference(x), None, [term], create_graph=False)
+    is_number = output.detach().isfinite().reshape(len(output), -1).all(1)  # the gradient of a NaN may be a number
+    values = found.sq_norms.where(is_number, torch.nan)
     return values.sum(), torch.tensor(len(values), device=values.device)
 
 

@@ -64,6 +64,16 @@ def plot_history(history: Sequence[Row], title: str | None = None) -> Figure:
 
     Raises:
         ValueError: if the history is empty.
+
+    Example:
+        >>> import torch
+        >>> from gradpen import evaluate_inequality
+        >>> from gradpen.history import report_rows
+        >>> from gradpen.plotting import plot_history
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        >>> x, y = torch.randn(5, 4), torch.randint(3, (5,))
+        >>> history = [row for step in (0, 10) for row in report_rows(evaluate_inequality(model, x, y), step=step, epoch=0)]
+        >>> figure = plot_history(history)
     """
     if not history:
         raise ValueError("expected at least one check in the history, got none: was the monitor part of a run?")
@@ -72,33 +82,54 @@ def plot_history(history: Sequence[Row], title: str | None = None) -> Figure:
     whole = _series(history, ALL_LAYERS)
     _draw_sides(panels[0], whole)
     _draw_tightness(panels[1], whole)
+    named = len(names) <= _MOST_NAMES
     for name, colour in zip(names, _colours(len(names)), strict=True):
         rows = _series(history, name)
-        steps = [row["step"] for row in rows]
-        panels[1].plot(steps, [row["tightness"] for row in rows], color=colour, label=f"layer {name}")
+        label = f"layer {name}" if named else "_"
+        _draw(panels[1], rows, [row["tightness"] for row in rows], color=colour, label=label)
         first = next((row["coefficient"] for row in rows if row["coefficient"] > 0), None)
         if first is not None:
-            relative = [row["coefficient"] / first for row in rows]
-            panels[2].plot(steps, relative, color=colour, label=f"layer {name}")
+            _draw(panels[2], rows, [row["coefficient"] / first for row in rows], color=colour, label=label)
             panels[2].set_yscale("log")
     panels[1].set_ylim(bottom=0)  # last: it keeps the top where it is
     if names:
         panels[2].set_title(r"$(1+\|h\|^2)/(\|W\|^2\|J\|^2)$ relative to the first check")
+    if not named:
+        _draw_depths(figure, panels[2], names)
     for axes in panels:
         axes.set_xlabel("optimiser step")
-        if axes.lines:
-            axes.legend(frameon=False, fontsize="small", ncols=1 + len(axes.lines) // 10)
+        axes.locator_params(axis="x", integer=True)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, fontsize="small")
     return figure
+
+
+_MOST_NAMES = 10  # layers that a legend names one by one
+_FEW_CHECKS = 40  # so many are marked: a line between them is no more than a guide, and a single one has none
+
+
+def _draw(axes: Axes, rows: Sequence[Row], values: Sequence[float], **style: Any) -> None:
+    """A line over the steps of some rows."""
+    marker = "o" if len(rows) <= _FEW_CHECKS else None
+    axes.plot([row["step"] for row in rows], values, marker=marker, markersize=3, **style)
+
+
+def _draw_depths(figure: Figure, axes: Axes, names: Sequence[str]) -> None:
+    """A bar that says which colour is which depth."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap, Normalize
+
+    scale = ScalarMappable(Normalize(0, 1), ListedColormap(_colours(len(names))))
+    bar = figure.colorbar(scale, ax=axes, ticks=[0, 1])
+    bar.set_ticklabels([f"layer {names[0]}", f"layer {names[-1]}"])
 
 
 def _draw_sides(axes: Axes, whole: Sequence[Row]) -> None:
     """Both sides, and the gap between them."""
-    steps = [row["step"] for row in whole]
     right, left = ([row[side] for row in whole] for side in ("rhs", "lhs"))
-    marker = "o" if len(steps) <= 40 else None
-    axes.plot(steps, right, color="C3", label=_RHS, marker=marker, markersize=3)
-    axes.plot(steps, left, color="C0", label=_LHS, marker=marker, markersize=3)
-    axes.fill_between(steps, left, right, color="0.85", zorder=0)
+    _draw(axes, whole, right, color="C3", label=_RHS)
+    _draw(axes, whole, left, color="C0", label=_LHS)
+    axes.fill_between([row["step"] for row in whole], left, right, color="0.85", zorder=0)
     axes.set_title("both sides, mean over the probe")
     if any(value > 0 for value in (*left, *right)):
         axes.set_yscale("log")
@@ -109,7 +140,7 @@ def _draw_tightness(axes: Axes, whole: Sequence[Row]) -> None:
     steps = [row["step"] for row in whole]
     low, high = ([row[end] for row in whole] for end in ("tightness_min", "tightness_max"))
     axes.fill_between(steps, low, high, color="0.92", zorder=0, label="all layers, from sample to sample")
-    axes.plot(steps, [row["tightness"] for row in whole], color="black", linewidth=2, label="all layers, mean")
+    _draw(axes, whole, [row["tightness"] for row in whole], color="black", linewidth=2, label="all layers, mean")
     axes.set_title("tightness (left / right)")
 
 

@@ -174,8 +174,8 @@ class InequalityReport:
 
 
 def ratio_or_nan(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """numerator/denominator, NaN where the denominator is 0."""
-    defined = denominator > 0
+    """numerator/denominator, NaN where the denominator is 0 or overflowed."""
+    defined = (denominator > 0) & denominator.isfinite()
     return (numerator / denominator.where(defined, denominator.new_ones(()))).where(
         defined, denominator.new_full((), math.nan)
     )

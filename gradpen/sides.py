@@ -87,26 +87,27 @@ def both_sides(
         mixed = mixing.find_mixed_calls(model, f, scalar, recording, found, walk)
         input_gradients.append(torch.cat([gradient.reshape(batch_size, -1) for gradient in found.inputs], 1))
         deltas.append(found.deltas)
-        sq_norms = param_norms.param_sq_norm(
-            model,
-            x,
-            f,
-            scalar,
-            recording,
-            found,
-            parameters,
-            group_size=1,
-            rng=rng,
-            create_graph=False,
-            walk=walk,
-            mixed_calls=mixed,
-        )
         input_sq_norm = input_sq_norm + scale**2 * row_sq_norm(widest_float(input_gradients[-1]))
-        param_sq_norm = param_sq_norm + scale**2 * widest_float(sq_norms.detach())
         plan = param_norms.plan_parameters(recording, walk, parameters, mixed, batch_size)
         dense, others = _dense_part(plan, recording, parameters)
-        batch_sq_norm = batch_sq_norm + _dense_mean_sq_norm(recording, found, scale, dense)
+        of_samples, of_batch = _dense_sq_norms(recording, found, scale, dense)
+        param_sq_norm, batch_sq_norm = param_sq_norm + of_samples, batch_sq_norm + of_batch
         if others:
+            sq_norms = param_norms.param_sq_norm(
+                model,
+                x,
+                f,
+                scalar,
+                recording,
+                found,
+                others,
+                group_size=1,
+                rng=rng,
+                create_graph=False,
+                walk=walk,
+                mixed_calls=mixed,
+            )
+            param_sq_norm = param_sq_norm + scale**2 * widest_float(sq_norms.detach())
             mean = mean_gradient(output, direction, scale, others, count=batch_size)
             batch_sq_norm = batch_sq_norm + total_sq_norm(mean)
     return Sides(input_gradients, deltas, cotangents.scales, input_sq_norm, param_sq_norm, batch_sq_norm, mixed)
@@ -124,29 +125,28 @@ def _dense_part(
     return ParameterPlan(dense, []), {name: p for name, p in parameters.items() if name not in dense}
 
 
-def _dense_mean_sq_norm(
+def _dense_sq_norms(
     recording: Recording, found: gradients.SampleGradients, scale: Tensor, plan: ParameterPlan
-) -> Tensor:
-    """‖∇_θ mean_i f_i‖² over the parameters of the plan: 0-dim, float64.
+) -> tuple[Tensor, Tensor]:
+    """‖∇_θ f_i‖², (B,), and ‖∇_θ mean_i f_i‖², 0-dim, over the parameters of the plan: float64.
 
-    From products between samples, without a gradient of a weight's size; in float64, as they cancel where the mean is small.
+    The mean's from products between samples, without a gradient of a weight's size. In float64, as these cancel where the
+    mean is small, and squares of large activations overflow.
     """
     used = {index for uses in plan.closed.values() for index, _ in uses}
-    deltas = {index: widest_float(found.deltas[index]) * scale.unsqueeze(1) for index in used}
+    deltas = {index: widest_float(found.deltas[index]) for index in used}
     calls = [
         call._replace(input=widest_float(call.checked_input()), input_version=None) if index in used else call
         for index, call in enumerate(recording.calls)
     ]
-    batch_size = len(scale)
-    sq_norms = param_norms.closed_param_sq_norm(
-        replace(recording, calls=calls),
-        gradients.SampleGradients([], deltas),
-        plan,
-        batch_size,
-        batch_size,
-        scale.device,
-    )
-    return sq_norms.detach().sum()
+    batch_size, wide = len(scale), replace(recording, calls=calls)
+
+    def sq_norms(deltas: dict[int, Tensor], group_size: int) -> Tensor:
+        gradients_at = gradients.SampleGradients([], deltas)
+        return param_norms.closed_param_sq_norm(wide, gradients_at, plan, batch_size, group_size, scale.device).detach()
+
+    scaled = {index: delta * scale.unsqueeze(1) for index, delta in deltas.items()}
+    return scale**2 * sq_norms(deltas, 1), sq_norms(scaled, batch_size).sum()
 
 
 def mean_gradient(

@@ -333,6 +333,22 @@ def test_what_overflows_is_undefined_and_no_violation(prepare):
     assert report.undefined == 2 and report.violations == 0
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e20])
+def test_inputs_whose_squares_overflow_in_float32(scale):
+    torch.manual_seed(0)
+    model, (_, x, y, _) = cases.mlp(4, 8, 6, 3), cases.find("three_layers").problem()
+    with torch.no_grad():
+        for parameter in list(model.parameters())[1::2]:
+            parameter.zero_()  # no biases: everything scales with x
+    x = (scale * x).float()
+    options = {"of": lambda output, target: output[:, 0]}
+    report = evaluate_inequality(model, x, y, **options)
+    expected = evaluate_inequality(model.double(), x.double(), y, **options)
+    assert report.rhs.isfinite().all()
+    ref.assert_close(report.rhs, expected.rhs, 1e-4)
+    ref.assert_close(report.tightness, expected.tightness, 1e-4)
+
+
 def test_an_all_but_certain_sample_still_has_a_tightness():
     model, x, y, _ = cases.find("three_layers").problem(dtype=torch.float32)
     with torch.no_grad():

@@ -154,11 +154,13 @@ def test_undefined_samples_are_left_out_and_an_unknown_norm_is_refused():
         InequalityTightness(norm="nuclear")
 
 
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU, nn.Identity])
 @pytest.mark.parametrize("metric", [GeometricComplexity(), ParamGradSqNorm()])
-def test_a_sample_that_is_not_a_number_is_not_left_out(metric):
+def test_a_sample_that_is_not_a_number_is_not_left_out(metric, activation):
     x = X.clone()
     x[0] = math.nan
-    metric.update(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double(), x, Y)
+    metric.reset()
+    metric.update(nn.Sequential(nn.Linear(4, 6), activation(), nn.Linear(6, 3)).double(), x, Y)
     assert metric.num_samples == len(X) and metric.compute().isnan()
 
 

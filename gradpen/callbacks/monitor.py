@@ -51,7 +51,8 @@ class InequalityMonitor(Callback):
     ``_max``), ``bound/violations``, ``bound/undefined``, ``bound/input_grad_sq_norm``, ``bound/param_grad_sq_norm``,
     ``bound/batch_grad_sq_norm``, ``bound/noise_trace`` and, for every layer, ``bound/<layer>/coefficient``,
     ``…/tightness``, ``…/weight_tightness``, ``…/bias_tightness``, ``…/input_norm`` (mean ‖h‖), ``…/weight_norm``,
-    ``…/jacobian_norm`` (mean ‖J‖) and, with ``slack=True``, ``…/slack_product`` and ``…/slack_alignment``.
+    ``…/jacobian_norm`` (mean ‖J‖; with ``norm="joint"`` ``…/product_norm``, mean ‖W J‖, in place of these two) and, with
+    ``slack=True``, all three norms, ``…/slack_product`` and ``…/slack_alignment``.
 
     `economy`, `business` and `full` are monitors of three costs; `business` is the default.
 

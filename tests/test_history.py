@@ -1,0 +1,43 @@
+"""Reports as rows, and figures of them."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import cases
+import pytest
+import torch
+from torch import nn
+
+from gradpen import evaluate_inequality
+from gradpen.history import flat_metrics, report_rows
+from gradpen.plotting import plot_history
+
+
+def batch_of(size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(size, 4), torch.randint(3, (size,))
+
+
+def test_a_single_check_is_seen():
+    rows = report_rows(evaluate_inequality(cases.mlp(4, 6, 3), *batch_of(5)), step=5, epoch=0)
+    for axes in plot_history(rows).axes:
+        assert axes.lines
+        assert all(line.get_marker() == "o" for line in axes.lines)
+
+
+def test_many_layers_are_told_apart_by_a_bar():
+    model = nn.Sequential(*[module for _ in range(12) for module in (nn.Linear(4, 4), nn.Tanh())])
+    rows = report_rows(evaluate_inequality(model, *batch_of(5)), step=5, epoch=0)
+    *panels, bar = plot_history(rows).axes
+    assert [label.get_text() for label in bar.get_yticklabels()] == ["layer 0", "layer 22"]
+    assert [len(axes.lines) for axes in panels] == [2, 13, 12]
+    assert all(len(axes.get_legend_handles_labels()[0]) <= 2 for axes in panels)
+
+
+def test_a_layer_may_be_called_as_the_whole_is():
+    model = nn.Sequential(OrderedDict(first=nn.Linear(4, 6), act=nn.Tanh(), all=nn.Linear(6, 3)))
+    report = evaluate_inequality(model, *batch_of(5))
+    rows = report_rows(report, step=0, epoch=0)
+    assert [row["layer"] for row in rows] == ["all", "first", "layer all"]
+    assert flat_metrics(rows)["bound/tightness"] == pytest.approx(float(report.tightness.mean()))
+    plot_history(rows)
