@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import copy
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,12 +12,12 @@ from torch import nn
 
 @contextlib.contextmanager
 def attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Attributes of all modules are afterwards as before; the lists, dicts and sets among them have the items that they had.
+    """Attributes of all modules are afterwards as before; lists, dicts, sets and deques among them have their items again.
 
     What changes deeper inside, or in place in a tensor, stays changed.
     """
     attributes = [(module, type(module), dict(vars(module))) for module in model.modules()]
-    containers = {id(value): (value, copy.copy(value)) for *_, found in attributes for value in _containers(found)}
+    containers = {id(value): (value, _items(value)) for *_, found in attributes for value in _containers(found)}
     try:
         yield
     finally:
@@ -29,22 +29,31 @@ def attributes_kept(model: nn.Module) -> Iterator[None]:
 
 
 def _containers(attributes: dict[str, Any]) -> list[Any]:
-    """Lists, dicts and sets, but for those in which torch keeps a module's parts."""
-    return [value for name, value in attributes.items() if type(value) in (list, dict, set) and name not in _PARTS]
+    """Lists, dicts, sets and deques, but for those in which torch keeps a module's parts."""
+    return [value for name, value in attributes.items() if isinstance(value, _CONTAINERS) and name not in _PARTS]
 
 
+_CONTAINERS = (list, dict, set, deque)
 _PARTS = frozenset(vars(nn.Module()))
 
 
+def _items(container: Any) -> Any:
+    """What is in a container now."""
+    if isinstance(container, dict):
+        return dict(container)
+    return set(container) if isinstance(container, set) else list(container)
+
+
 def _put_back(container: Any, items: Any) -> None:
-    """The very items that a list, dict or set had, unless it still has them."""
-    if type(container) is dict:
+    """The very items that a container had, unless it still has them."""
+    if isinstance(container, dict):
         if container.keys() == items.keys() and all(container[name] is value for name, value in items.items()):
             return
         container.clear()
         container.update(items)
-    elif type(container) is set:
+    elif isinstance(container, set):
         container.clear()
         container.update(items)
     elif len(container) != len(items) or any(a is not b for a, b in zip(container, items, strict=True)):
-        container[:] = items
+        container.clear()
+        container.extend(items)

@@ -214,8 +214,12 @@ _TAKING_ROWS = {"SliceBackward0": ("_saved_start", "_saved_end"), "SelectBackwar
 
 def reached_around(root: Tensor, parameters: Mapping[str, Tensor], replacements: Sequence[Tensor]) -> list[str]:
     """Names of the parameters that `root` depends on otherwise than through `replacements`, which took their places."""
-    leaves = walk_graph(root, stop_at=[tensor.grad_fn for tensor in replacements]).leaves
-    return [name for name, parameter in parameters.items() if id(parameter) in leaves]
+    walk = walk_graph(root, stop_at=[tensor.grad_fn for tensor in replacements])
+    return [
+        name
+        for name, parameter in parameters.items()
+        if id(parameter) in walk.leaves or (parameter.grad_fn is not None and parameter.grad_fn in walk.nodes)
+    ]
 
 
 def _count_uses(node: Any, users: Mapping[Any, Sequence[Any]]) -> int:

@@ -1,7 +1,8 @@
 r"""The mean of the f_i of a chain of dense layers with its gradient, and finite differences of it.
 
 `finite_difference` says what is computed. Here a difference costs two forward and two backward passes of the layers and one
-move of the parameters: the gradient at θ is added to that at θ + r u within the products of the latter.
+move of the parameters: the gradient at θ is added to that at θ + r u within the products of the latter, and that of W_1,
+where x is the same, before the only product. Then G_1 at θ is never formed, if products between samples tell the rest.
 """
 
 from __future__ import annotations
@@ -80,15 +81,15 @@ class _MeanGradient(NamedTuple):
 
 
 class _FirstLayer(NamedTuple):
-    """What a displacement needs of G_1, without G_1.
+    """What a displacement needs of G_1, from products between samples.
 
     Attributes:
         product: x G_1ᵀ, (B, n_1), what z_1 moves by if W_1 moves by G_1; None if W_1 does not count.
-        sq_norm: ‖G_1‖²; 0 if W_1 does not count.
+        sq_norm: ‖G_1‖², 0 if W_1 does not count; None if it has to come from G_1 itself.
     """
 
     product: Tensor | None = None
-    sq_norm: float = 0.0
+    sq_norm: float | None = 0.0
 
 
 def with_known_gradient(
@@ -103,8 +104,8 @@ def with_known_gradient(
         differences: the norms.
     """
     with torch.no_grad():
-        firsts = [_first_layer(chain, deltas.at[0], difference.norm_of) for difference in differences]
-        first_waits = bool(firsts) and None not in firsts
+        firsts = _first_layers(chain, deltas.at[0], differences)
+        first_waits = bool(firsts) and all(first is not None and first.sq_norm is not None for first in firsts)
         weights, biases = mean_gradients(chain, deltas, with_first=not first_waits)
         gradient = _MeanGradient(weights, biases, (deltas.at[0], chain.hidden[0]) if first_waits else ())
         norms, displaced = [], []
@@ -137,24 +138,31 @@ class _Displaced(NamedTuple):
     cotangent: Tensor
 
 
-def _first_layer(chain: DenseChain, delta: Tensor, norm_of: NormOf) -> _FirstLayer | None:
-    """From products between samples; None if they cost more than G_1 or values cancel in them, and if z_1 was not kept.
-
-    The host looks whether they do, so it must not have to wait for a device.
-    """
+def _first_layers(chain: DenseChain, delta: Tensor, differences: Sequence[Difference]) -> list[_FirstLayer | None]:
+    """For every difference; None where G_1 moves W_1 itself, as all do if z_1 was not kept."""
     if chain.first is None:
-        return None
-    if not norm_of.weights[0]:
-        return _FirstLayer()
-    x = chain.hidden[0]
+        return [None] * len(differences)
+    counts = [difference.norm_of.weights[0] for difference in differences]
+    counted = _first_layer(chain.hidden[0], delta) if any(counts) else None
+    return [counted if it_counts else _FirstLayer() for it_counts in counts]
+
+
+def _first_layer(x: Tensor, delta: Tensor) -> _FirstLayer | None:
+    """From products between samples; None if they cost more than the products with G_1 that they save, or values cancel.
+
+    Whether they cancel the host has to look at: where it would have to wait for a device, ‖G_1‖² is left to G_1.
+    """
     (size, columns), rows = x.shape, delta.shape[1]
-    if not is_at_hand(delta) or size * (rows + columns) >= 2 * rows * columns:
+    saved = 2 if is_at_hand(delta) else 1  # G_1 and x G_1ᵀ, or the latter alone
+    if size * (rows + columns) >= saved * rows * columns:
         return None
     products = x @ x.t()
     product = mean_combinations(products, delta)
+    if not is_at_hand(delta):
+        return _FirstLayer(product, None)
     sq_norm = float(dot(product, delta)) / size
     spread = float(torch.dot(products.diagonal(), row_sq_norms(delta))) / size**2  # what the diagonals alone make up
-    if not sq_norm >= max(CANCELLED * spread, torch.finfo(delta.dtype).tiny):
+    if not max(CANCELLED * spread, torch.finfo(delta.dtype).tiny) <= sq_norm < math.inf:
         return None
     return _FirstLayer(product, sq_norm)
 
@@ -166,7 +174,7 @@ def _norm(gradient: _MeanGradient, norm_of: NormOf, first: _FirstLayer | None, l
         *zip(gradient.biases, norm_of.biases, strict=True),
     ]
     norm = total_norm([part for part, counts in each if counts and part is not None], like)
-    if first is None or not gradient.first:  # G_1 is there
+    if first is None or first.sq_norm is None or not gradient.first:  # G_1 is there
         return norm
     return torch.hypot(norm, torch.full_like(norm, math.sqrt(first.sq_norm)))
 

@@ -117,6 +117,7 @@ class OfCrossEntropy:
         if reduction == "sum":
             return self._loss(_SUM)[0], float(size)
         loss, count = self._mean_and_count
+        loss = loss.clone()  # it becomes part of a graph that holds this object
         known = number_if_at_hand(count)
         return loss, size / (max(known, 1.0) if isinstance(known, float) else known.clamp(min=1))
 

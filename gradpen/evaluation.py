@@ -392,6 +392,7 @@ def _input_norms(forward: _Pass, scalar: _ScalarGradients, term: InputTerm) -> G
         step=term.step,
         replay=forward.rng.replayed,
         buffers=forward.buffers,
+        create_graph=scalar.create_graph,
     )
     return GroupNorms(norms, are_squared=False)
 
@@ -497,7 +498,7 @@ def _finite_difference_norms(
             take_rows = itemgetter(slice(start, start + group_size))
             x_rows, y_rows = map_tensors(forward.x, take_rows), map_tensors(y, take_rows)
             rng, function = RngState.capture(), term.scalar(criterion, y_rows)
-            loss = function(call_with(model, {}, x_rows)).mean()
+            loss = call_with(model, {}, x_rows, then=function).mean()
             groups.append((x_rows, finite_difference.with_known_gradient(loss, x_rows), function, rng, None))
     norms = [
         finite_difference.param_norm(
@@ -511,6 +512,7 @@ def _finite_difference_norms(
             step=term.step,
             replay=rng.replayed,
             buffers=buffers,
+            create_graph=scalar.create_graph,
         )
         for x, known, function, rng, buffers in groups
     ]

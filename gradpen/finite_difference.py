@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from gradpen._graph import GraphWalk, differentiate, reached_around, walk_graph
-from gradpen._numerics import divide_or_zero, row_sq_norm, total_sq_norm
+from gradpen._numerics import divide_or_zero, is_at_hand, row_sq_norm, total_sq_norm
 from gradpen.recording import call_with, float_tensors, map_floats
 
 SCHEMES = ("forward", "backward", "central")
@@ -51,6 +51,7 @@ def input_norm(
     step: float,
     replay: Replay,
     buffers: Mapping[str, Tensor] | None = None,
+    create_graph: bool = True,
 ) -> Tensor:
     """‖∇_x f_i‖, differentiable to first order: (B,).
 
@@ -64,17 +65,21 @@ def input_norm(
         step: length r of the displacement of every sample.
         replay: a context in which the random numbers of the forward pass that gave f are drawn again.
         buffers: the model's before that pass, if not as they are now.
+        create_graph: make it differentiable; the value needs no displacement.
     """
     gradients = differentiate(f.sum(), list(inputs))
     found = [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, gradients, strict=True)]
     norm = torch.stack([row_sq_norm(gradient) for gradient in found]).sum(0).sqrt()
+    if not create_graph:
+        return norm
     directions = [divide_or_zero(g, norm.reshape(-1, *[1] * (g.dim() - 1)).to(g.dtype)) for g in found]
 
     def displaced(signed_step: float) -> Tensor:
         given = float_tensors(x)  # as the user gave them: no gradient flows where none was asked for
         moved = iter([tensor + signed_step * u for tensor, u in zip(given, directions, strict=True)])
         with replay():
-            return scalar(call_with(model, {}, map_floats(x, lambda _: next(moved)), buffers))
+            found: Tensor = call_with(model, {}, map_floats(x, lambda _: next(moved)), buffers, scalar)
+            return found
 
     return _norm_with_gradient(norm, _difference_quotient(displaced, f, scheme, step))
 
@@ -91,6 +96,7 @@ def param_norm(
     step: float,
     replay: Replay,
     buffers: Mapping[str, Tensor] | None = None,
+    create_graph: bool = True,
 ) -> Tensor:
     """‖∇_θ L‖ for L = mean_i f_i, differentiable to first order: 0-dim.
 
@@ -105,6 +111,7 @@ def param_norm(
         step: length r of the displacement, so that ε = r/‖∇_θ L‖.
         replay: a context in which the random numbers of the forward pass that gave L are drawn again.
         buffers: the model's before that pass, if not as they are now.
+        create_graph: make it differentiable; the value needs no displacement.
 
     Raises:
         RuntimeError: if L depends on a parameter that the model's forward pass is not alone to use.
@@ -112,6 +119,8 @@ def param_norm(
     if not gradients:
         return loss.new_zeros(())
     norm = total_sq_norm(list(gradients.values())).sqrt()
+    if not create_graph:
+        return norm
     inverse = divide_or_zero(torch.ones_like(norm), norm)
 
     def displaced(signed_step: float) -> Tensor:
@@ -201,9 +210,7 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         scaled = list(ctx.saved_tensors)
-        if (
-            grad_output.device.type != "cpu" or grad_output != 1
-        ):  # another device would make the host wait for the answer
+        if not is_at_hand(grad_output) or grad_output != 1:
             scaled = [gradient * grad_output for gradient in scaled]
         if torch.is_grad_enabled():  # create_graph=True: the gradients must not pass for constants
             scaled = derived_once(scaled, ctx.sources)

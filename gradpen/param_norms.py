@@ -402,7 +402,9 @@ def check_rows_apart(
     def f_with_neighbours_at(replaced: Tensor) -> Tensor:
         rows = torch.arange(batch_size) - replaced.long()
         with rng.replayed():
-            return scalar(call_with(model, {}, map_tensors(x, lambda tensor: tensor[rows.to(tensor.device)]))).detach()
+            replaced_x = map_tensors(x, lambda tensor: tensor[rows.to(tensor.device)])
+            f: Tensor = call_with(model, {}, replaced_x, then=scalar)
+            return f.detach()
 
     expected = f_with_neighbours_at(torch.zeros_like(odd))
     tolerance = rounding_tolerance(expected)

@@ -53,8 +53,8 @@ class GradPenalty(nn.Module):
             y: target of shape (B, …), as the criterion takes it.
 
         Returns:
-            A differentiable 0-dim tensor; 0, and nothing is computed, on the steps that ``every_n_steps`` leaves out and
-            where the weight is 0.
+            A differentiable 0-dim tensor; a plain 0, for which nothing is computed, on the steps that ``every_n_steps``
+            leaves out and where the weight is 0.
         """
         _checks.check_model(model)
         factor = self.advance(model)

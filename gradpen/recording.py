@@ -185,7 +185,8 @@ def call_with(
         replaced: name → tensor.
         x: a tensor, a tuple or a dict.
         buffers: name → buffer.
-        then: done to the output while the tensors are still in place: checkpoints look for them again in a backward pass.
+        then: done to the output while everything is still in place: checkpoints look for the tensors again in a backward
+            pass, and criteria for attributes that the model has left.
     """
     copies = copied_buffers(model) if buffers is None else {name: buffer.clone() for name, buffer in buffers.items()}
     tensors = _at_all_places(model, copies | dict(replaced))
@@ -220,17 +221,28 @@ def _at_all_places(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str,
     Every place has one name, also in a module that has several: `torch.func.functional_call` visits every name that it
     finds for a tied tensor, and after the second visit of a place it puts back what the first one had put there.
     """
-    places: dict[int, list[str]] = {}
-    for prefix, module in model.named_modules():
-        for own in (module._parameters, module._buffers):
-            for name, tensor in own.items():
-                if tensor is not None:
-                    places.setdefault(id(tensor), []).append(f"{prefix}.{name}" if prefix else name)
+    places = names_of_tensors(model, modules_once=True)
     found = dict(tensors)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if name in tensors:
             found |= dict.fromkeys(places[id(tensor)], tensors[name])
     return found
+
+
+def names_of_tensors(model: nn.Module, *, modules_once: bool = False) -> dict[int, list[str]]:
+    """id of a parameter or buffer → all its names: tied ones have several, as have those of modules that do.
+
+    Args:
+        model: any module.
+        modules_once: by the first name of a module alone.
+    """
+    names: dict[int, list[str]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=modules_once):
+        for own in (module._parameters, module._buffers):
+            for name, tensor in own.items():
+                if tensor is not None:
+                    names.setdefault(id(tensor), []).append(f"{prefix}.{name}" if prefix else name)
+    return names
 
 
 class RngState(NamedTuple):

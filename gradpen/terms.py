@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gradpen import _checks, finite_difference
 from gradpen._numerics import safe_sqrt
 from gradpen.criteria import Criterion, Scalar, scalar_per_sample
+from gradpen.recording import names_of_tensors
 
 ParameterFilter = Sequence[str] | Callable[[str, nn.Parameter], bool]
 
@@ -151,16 +152,14 @@ def select_parameters(model: nn.Module, which: ParameterFilter | None) -> dict[s
         )
     if which is None:
         return trainable
-    names: dict[int, list[str]] = {}  # a tied parameter has several
-    for name, p in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(p), []).append(name)
+    names = names_of_tensors(model)
 
     def counts(name: str, p: nn.Parameter) -> bool:
         if callable(which):
             return bool(which(name, p))
         return any(fnmatch(name, pattern) for pattern in which)
 
-    chosen = {name: p for name, p in trainable.items() if any(counts(alias, p) for alias in names[id(p)])}
+    chosen = {name: p for name, p in trainable.items() if any(counts(alias, p) for alias in {name, *names[id(p)]})}
     if not chosen:
         raise ValueError(f"parameters={which!r} selects none of {', '.join(trainable)}")
     return chosen

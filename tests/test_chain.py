@@ -20,7 +20,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradpen import InputGradPenalty, ParamGradPenalty, PenalizedLoss, chain_terms, evaluation
+from gradpen import InputGradPenalty, ParamGradPenalty, PenalizedLoss, chain_mean, chain_norms, chain_terms, evaluation
 from gradpen._layout import lies_by_feature
 from gradpen.functional import input_grad_sq_norm, param_grad_sq_norm
 from gradpen.module_chain import run_chain
@@ -316,6 +316,20 @@ def test_products_between_samples(name, bias, activation, looked, monkeypatch):
     with Products() as products:
         by_formulas = everything(model, x, y, PENALTIES[name]())
     assert products.between_samples >= {"batch": 5, "biases": 0, "difference in biases": 0}.get(name, 1)
+    assert all(looked.found)
+    by_autograd(monkeypatch)
+    for a, b in zip(by_formulas, everything(model, x, y, PENALTIES[name]()), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["batch", "forward difference", "differences", "differences here and there"])
+def test_products_where_the_host_cannot_look(name, looked, monkeypatch):
+    (x, y), model = batch(), wide()
+    with monkeypatch.context() as patch, Products() as products:
+        for module in (chain_mean, chain_norms):
+            patch.setattr(module, "is_at_hand", lambda _: False)
+        by_formulas = everything(model, x, y, PENALTIES[name]())
+    assert products.between_samples == (name != "batch")
     assert all(looked.found)
     by_autograd(monkeypatch)
     for a, b in zip(by_formulas, everything(model, x, y, PENALTIES[name]()), strict=True):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
+import weakref
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -15,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gradpen import InputGradPenalty, ParamGradPenalty, PenalizedLoss
+from gradpen import InputGradPenalty, ParamGradPenalty, PenalizedLoss, chain_terms, cotangents
 from gradpen.functional import input_grad_sq_norm, param_grad_sq_norm
 
 ROW = cases.cross_entropy_row
@@ -327,6 +329,32 @@ def test_a_criterion_may_be_changed(problem):
     ref.assert_close(penalty(model, x, y), InputGradPenalty(criterion=F.l1_loss)(model, x, y), 1e-13)
     penalty.criterion = None
     assert penalty(model, x, problem[2]) > 0
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("make", [InputGradPenalty, ParamGradPenalty, lambda: ParamGradPenalty(0.0)])
+@pytest.mark.parametrize("backward", [True, False])
+def test_nothing_of_a_step_waits_for_the_garbage_collector(make, reduction, backward):
+    model, x, y = cases.mlp(4, 6, 3), torch.randn(5, 4), torch.randint(3, (5,))
+    objective = PenalizedLoss(nn.CrossEntropyLoss(reduction=reduction), make())
+    made = []
+
+    def weakly(function, output):
+        made.append(weakref.ref(cotangent := cotangents.OfCrossEntropy(function, output)))
+        return cotangent
+
+    gc.disable()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(chain_terms, "cotangent_of", weakly)
+            out = objective(model, x, y)
+            if backward:
+                out.loss.backward()
+            del out
+        assert len(made) == 1
+        assert made[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_a_compiled_criterion_keeps_its_reduction(problem):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
 
 import cases
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from gradpen import InputGradPenalty, ParamGradPenalty, PenalizedLoss, evaluate_inequality
-from gradpen.functional import param_grad_sq_norm
+from gradpen.functional import input_grad_sq_norm, param_grad_sq_norm
 
 ROW = cases.cross_entropy_row
 
@@ -131,12 +132,13 @@ class Leaving(nn.Module):
     def __init__(self, activation: nn.Module) -> None:
         super().__init__()
         self.first, self.activation, self.last = nn.Linear(4, 8), activation, nn.Linear(8, 3)
-        self.seen = []
+        self.seen, self.latest = [], deque(maxlen=2)
 
     def forward(self, x):
         h = self.activation(self.first(x))
-        self.balance = h.square().mean()
+        self.balance = h.square().mean(1)
         self.seen.append(self.balance)
+        self.latest.append(self.balance)
         return self.last(h)
 
 
@@ -155,5 +157,96 @@ def test_what_a_model_leaves_behind_is_that_of_the_first_pass(activation, penalt
     left, seen = model.balance, list(model.seen)
     assert len(seen) == 1
     assert seen[0] is left
+    assert [one is left for one in model.latest] == [True]
     model(x)
-    assert left.item() == pytest.approx(model.balance.item())
+    torch.testing.assert_close(left, model.balance)
+
+
+@pytest.mark.filterwarnings("ignore:the gradients of")
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.PReLU])
+@pytest.mark.parametrize(
+    ("norms", "options"),
+    [
+        (input_grad_sq_norm, {}),
+        (param_grad_sq_norm, {"over": "batch"}),
+        (param_grad_sq_norm, {"over": 2}),
+        (param_grad_sq_norm, {"over": "sample"}),
+    ],
+)
+def test_criteria_may_read_what_a_model_leaves(norms, options, activation):
+    model, (_, x, y, _) = Leaving(activation()).double(), cases.find("tanh").problem()
+
+    def criterion(output, target):
+        return F.cross_entropy(output, target, reduction="none") + 3 * model.balance[: len(output)]
+
+    found = norms(model, x, y, criterion=criterion, method="finite_difference", scheme="central", step=1e-4, **options)
+    model.seen.clear()
+    exact = norms(model, x, y, criterion=criterion, **options)
+    ref.assert_close(found, exact, 1e-10)
+    gradients = [ref.flat_gradient(q.sum(), model) for q in (found, exact)]
+    assert ref.relative_error(*gradients) < 1e-6
+
+
+def test_a_criterion_that_reads_a_mixture_of_samples_is_refused():
+    model, (_, x, y, _) = Leaving(nn.PReLU()).double(), cases.find("tanh").problem()
+
+    def criterion(output, target):
+        return F.cross_entropy(output, target, reduction="none") + model.balance.mean()
+
+    with pytest.raises(RuntimeError, match="mixes the samples"):
+        param_grad_sq_norm(model, x, y, criterion=criterion)
+
+
+@pytest.mark.filterwarnings("ignore:the gradients of")
+def test_functions_of_other_parameters_that_the_criterion_uses():
+    model, x, y, _ = cases.find("tanh").problem()
+    sizes = [p.numel() for p in model.parameters()]
+    flat = torch.cat([p.detach().flatten() for p in model.parameters()]).requires_grad_()
+    parts = {
+        f"model.{name}": part.reshape(p.shape)
+        for (name, p), part in zip(model.named_parameters(), flat.split(sizes), strict=True)
+    }
+
+    def decayed(output, target):
+        decay = sum(p.square().sum() for p in model.parameters())
+        return F.cross_entropy(output, target, reduction="none") + 0.5 * decay
+
+    class Asked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self):
+            return param_grad_sq_norm(self.model, x, y, criterion=decayed)
+
+    found = torch.func.functional_call(Asked(), parts, ())
+    ref.assert_close(found, param_grad_sq_norm(model, x, y, criterion=decayed), 1e-12)
+
+
+@pytest.mark.parametrize("scheme", ["forward", "central"])
+def test_what_is_only_measured_is_not_displaced(scheme):
+    model, (_, x, y, _) = Leaving(nn.Tanh()).double(), cases.find("tanh").problem()
+    model.first.register_forward_hook(lambda *_: passes.append(1))
+    passes = []
+    for penalty in (
+        ParamGradPenalty(0.0, over="batch", method="finite_difference", scheme=scheme),
+        InputGradPenalty(0.0, method="finite_difference", scheme=scheme),
+    ):
+        passes.clear()
+        out = PenalizedLoss(F.cross_entropy, penalty)(model, x, y)
+        assert len(passes) == 1
+        assert next(iter(out.penalties.values())) > 0
+
+
+@pytest.mark.parametrize("scheme", ["forward", "backward", "central"])
+def test_batched_cotangents_of_differences(scheme):
+    model, (_, x, y, _) = Leaving(nn.Tanh()).double(), cases.find("tanh").problem()
+    model.first.register_forward_hook(lambda *_: None)  # no chain
+    value = param_grad_sq_norm(model, x, y, over="batch", method="finite_difference", scheme=scheme)[0]
+    parameters = list(model.parameters())
+    expected = torch.autograd.grad(value, parameters, retain_graph=True)
+    found = torch.autograd.grad(
+        torch.stack([value, 2 * value]), parameters, torch.eye(2, dtype=x.dtype), is_grads_batched=True
+    )
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, torch.stack([b, 2 * b]))
