@@ -76,7 +76,7 @@ def test_a_bracket_that_misses_is_found_out(work):
 
 
 def test_the_floors_of_the_documentation():
-    for batch_size, batch, difference in ((128, 1.78, 1.85), (4096, 2.5, 2.0)):
+    for batch_size, batch, difference in ((128, 1.78, 1.60), (4096, 2.5, 2.0)):
         floors = workload.floors([784, 512, 512, 10], batch_size)
         documented = {"input": 2.25, "param": 1.5, "both": 2.25, "batch": batch, "difference": difference}
         assert {name: round(floors[name], 2) for name in documented} == documented
