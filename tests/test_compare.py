@@ -202,6 +202,20 @@ def test_the_report_has_everything(unbroken: tuple[Path, list[sweep.Done]]) -> N
     assert all(source.startswith("data:image/png;base64,") for source in sources)
 
 
+def test_the_table_of_runs_has_the_grid_s_methods(unbroken: tuple[Path, list[sweep.Done]]) -> None:
+    out, done = unbroken
+    with (out / "results.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["method"] for row in rows] == [one.planned.method for one in done]
+    assert {row["penalty_method"] for row in rows} == {"exact"}
+
+
+def test_captions_say_where_step_0_stands(unbroken: tuple[Path, list[sweep.Done]]) -> None:
+    text = (unbroken[0] / "report.md").read_text(encoding="utf-8")
+    said = re.findall(r"\*Figure .*Step 0, before training, stands at 1/2\.\*", text)
+    assert len(said) == 2  # both figures over training
+
+
 def test_what_was_published_goes_on(
     unbroken: tuple[Path, list[sweep.Done]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -132,7 +132,7 @@ FIGURES: dict[str, tuple[Callable[[Results], Figure], str]] = {
     "sides-over-training": (
         sides_over_training,
         "Both sides of the bound over training, means over the probe: thin lines are single runs, thick ones their "
-        "geometric means over seeds.",
+        "geometric means over seeds. Step 0, before training, stands at 1/2.",
     ),
     "accuracy-by-method": (
         accuracy_by_method,
@@ -146,7 +146,8 @@ FIGURES: dict[str, tuple[Callable[[Results], Figure], str]] = {
     "coefficients-over-training": (
         coefficients_over_training,
         "The coefficients (1+‖h‖²)/(‖W‖²‖J‖²) over training, relative to initialisation, by layer: geometric means over "
-        "seeds. The argument that they hardly move would have them on the dashed line.",
+        "seeds. The argument that they hardly move would have them on the dashed line. Step 0, before training, stands at "
+        "1/2.",
     ),
     "tightness-ladder": (
         tightness_ladder,

@@ -203,7 +203,9 @@ def _csv_row(outcome: Outcome) -> dict[str, Any]:
         "seed": planned.seed,
         "status": outcome.record["status"],
         **{
-            name: value for name, value in outcome.settings.items() if name not in ("out", "data_dir", "resume", "seed")
+            "penalty_method" if name == "method" else name: value
+            for name, value in outcome.settings.items()
+            if name not in ("out", "data_dir", "resume", "seed")
         },
         **simple,
         "gap": outcome.gap,
