@@ -36,7 +36,7 @@ import compare  # noqa: E402
 import files  # noqa: E402
 import models  # noqa: E402
 import objectives  # noqa: E402
-from comparison import engines, estimate, grid, intervals, records, report, results, runs, sweep  # noqa: E402
+from comparison import engines, estimate, figures, grid, intervals, records, report, results, runs, sweep  # noqa: E402
 from flags import UserError  # noqa: E402
 
 TINY = {
@@ -318,6 +318,35 @@ def test_divergence_and_collapse_are_results(tmp_path: Path) -> None:
     assert not of["none"]["result"]["collapsed"]
     report.write_report(tmp_path, described, done)
     assert "1 diverged" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def test_a_grid_whose_every_run_fails_has_a_report(tmp_path: Path) -> None:
+    def fail(missing: Iterable[runs.Run], started: engines.Started) -> Iterator[tuple[runs.Run, runs.Record]]:
+        for run in missing:
+            yield run, {"key": run.key, **runs.failure("gone wrong")}
+
+    described = tiny()
+    report.write_report(tmp_path, described, make_all(described, tmp_path / "runs", fail))
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "No run has ended, so there is nothing to draw." in text
+    assert text.count("gone wrong") == 2 + 3 * 2 + 4  # candidates, what needs no choice, sweeps
+    assert not list((tmp_path / "figures").iterdir())
+
+
+def test_a_grid_whose_every_run_diverges_has_a_report(tmp_path: Path) -> None:
+    settings = {**TINY["settings"], "optimizer": "sgd", "lr": 1e30}
+    described = tiny(settings=settings, methods={"none": {}}, sweeps=[], seeds=[1])
+    report.write_report(tmp_path, described, make_all(described, tmp_path / "runs"))
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "1 ended, of them 1 diverged" in text
+    drawn = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert {"accuracy-by-method.png", "sides-over-training.png"} <= drawn
+    assert not {"accuracy-against-tightness.png", "gap-against-sides.png"} & drawn  # nothing is known of the end
+    assert set(re.findall(r"\(figures/(.*)\)", text)) == drawn
+
+
+def test_a_norm_without_a_tightness_is_not_drawn() -> None:
+    assert math.isnan(figures._mean_rungs([{"frobenius": None, "spectral": 0.5, "joint": 0.6}])[0])
 
 
 def test_a_worker_that_dies_is_a_failed_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -156,6 +157,11 @@ FIGURES: dict[str, tuple[Callable[[Results], Figure], str]] = {
 }
 
 
+def has_data(figure: Figure) -> bool:
+    """Whether there is anything to see."""
+    return any(math.isfinite(limit) for axes in figure.axes for limit in axes.dataLim.get_points().flat)
+
+
 def _over_training(results: Results, draw: Callable[[Axes, Sequence[Outcome]], None]) -> Figure:
     """Small panels, a row for each task and a column for each penalty, over the optimiser step."""
     shown = {task: [BASELINE, *results.penalties(task)] for task in results.tasks}
@@ -209,8 +215,13 @@ def _dress(axes: Axes) -> None:
 
 
 def _log(axes: Axes, which: str) -> None:
-    """Log axes with plain numbers at 1, 2 and 5 where they span little, and at powers of ten where they span much."""
+    """Log axes with plain numbers at 1, 2 and 5 where they span little, and at powers of ten where they span much.
+
+    An axis without positive values stays as it is.
+    """
     for letter in which:
+        if not math.isfinite(getattr(axes.dataLim, f"minpos{letter}")):
+            continue
         axis = {"x": axes.xaxis, "y": axes.yaxis}[letter]
         axes.set(**{f"{letter}scale": "log"})
         low, high = sorted(getattr(axes, f"get_{letter}lim")())
@@ -285,4 +296,6 @@ def _mean_series(
 
 
 def _mean_rungs(rungs: Sequence[dict[str, float]]) -> list[float]:
-    return [statistics.fmean(rung[norm] for rung in rungs if rung[norm] is not None) for norm in NORMS]
+    """Not a number where no run has one."""
+    known = [[rung[norm] for rung in rungs if rung[norm] is not None] for norm in NORMS]
+    return [statistics.fmean(values) if values else math.nan for values in known]

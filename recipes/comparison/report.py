@@ -14,7 +14,7 @@ import markdown
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from comparison.answers import Table, answers
-from comparison.figures import FIGURES
+from comparison.figures import FIGURES, has_data
 from comparison.grid import Grid, task_name
 from comparison.records import as_json
 from comparison.results import Outcome, Results, write_csv
@@ -65,13 +65,14 @@ def publish(out: Path, folder: Path, done: Iterable[Done]) -> None:
 
 
 def draw(results: Results, folder: Path) -> dict[str, str]:
-    """Write every figure; returns its path relative to the report, and its caption."""
+    """Write every figure that shows something; returns its path relative to the report, and its caption."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     drawn = {}
-    for name, (figure, caption) in FIGURES.items():
-        if results.tasks:
-            figure(results).savefig(folder / f"{name}.png", dpi=DPI)
+    for name, (make, caption) in FIGURES.items():
+        figure = make(results) if results.tasks else None
+        if figure is not None and has_data(figure):
+            figure.savefig(folder / f"{name}.png", dpi=DPI)
             drawn[f"{folder.name}/{name}.png"] = caption
     return drawn
 
