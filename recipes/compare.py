@@ -11,6 +11,7 @@ into runs/ under --out.
 
 from __future__ import annotations
 
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch
 from comparison.engines import Engine, Processes, Ray, in_this_process, threads_for
 from comparison.estimate import estimates
 from comparison.grid import Grid, read_grid
-from comparison.records import Records
+from comparison.records import Records, made_folder
 from comparison.report import publish, write_report
 from comparison.runs import find_data
 from comparison.sweep import run_grid
@@ -62,12 +63,21 @@ class CompareSettings:
 
 def main(settings: CompareSettings) -> Path | None:
     """The whole comparison; returns the folder with its report."""
+    out = Path(settings.out or f"runs/compare-{Path(settings.grid).stem}")
+    if settings.publish is not None and Path(settings.publish).resolve() == out.resolve():
+        raise UserError(f"--publish must be another folder than --out, got {settings.publish}")
+    try:
+        return compare(settings, out)
+    except KeyboardInterrupt:
+        sys.exit(f"Stopped. The records of runs that have ended are kept in {out}, and the same command goes on.")
+
+
+def compare(settings: CompareSettings, out: Path) -> Path | None:
+    """Make the runs that are missing, and report them all."""
     overrides: dict[str, Any] = (
         {} if settings.data_dir is None else {"data_dir": str(Path(settings.data_dir).resolve())}
     )
-    path = Path(settings.grid)
-    grid = read_grid(path, overrides)
-    out = Path(settings.out or f"runs/compare-{path.stem}")
+    grid = read_grid(Path(settings.grid), overrides)
     torch.set_num_threads(threads_for(settings.jobs))
     with Records(out / "runs") as records:
         if settings.dry_run:
@@ -75,6 +85,8 @@ def main(settings: CompareSettings) -> Path | None:
             return None
         if settings.ray_address is None:  # a cluster has the data where it runs
             find_data(planned.run for planned in grid.every_run(records) if records.get(planned.run) is None)
+        if settings.publish is not None:
+            made_folder(Path(settings.publish))
         with engine(settings) as make_runs:
             done = run_grid(grid, records, make_runs)
     write_report(out, grid, done)

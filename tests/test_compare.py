@@ -72,6 +72,11 @@ def tiny(**changes: Any) -> grid.Grid:
     return grid.Grid(**{**described, "sweeps": [grid.Sweep(**one) for one in described["sweeps"]]})
 
 
+def tiny_run(**changes: Any) -> runs.Run:
+    settings = {name: value for name, value in TINY["settings"].items() if name != "recipe"}
+    return runs.Run("mnist", {**settings, "train_size": 100, "epochs": 1, **changes}, reads_test=True)
+
+
 def without_clock(record: dict[str, Any]) -> dict[str, Any]:
     return {**record, "result": {name: value for name, value in record["result"].items() if name not in CLOCK}}
 
@@ -375,6 +380,45 @@ def test_a_worker_that_dies_is_a_failed_run(monkeypatch: pytest.MonkeyPatch) -> 
     assert "worker process died" in next(record["traceback"] for _, record in ended if record["status"] == "failed")
 
 
+class Interrupted:
+    """A pool that Ctrl-C stops at the first run."""
+
+    def submit(self, function: Callable[..., Any], run: runs.Run) -> Future[runs.Record]:
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN  # as a worker that is started here inherits
+        raise KeyboardInterrupt
+
+    def shutdown(self, **_: Any) -> None: ...
+
+
+def test_ctrl_c_ends_a_sweep_and_its_workers_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Worker:
+        running = True
+
+        def terminate(self) -> None:
+            self.running = False
+
+    workers, handler = [Worker(), Worker()], signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(engines.Processes, "_new_pool", lambda self: Interrupted())
+    monkeypatch.setattr(engines, "active_children", lambda: workers)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump(TINY))
+    with pytest.raises(SystemExit, match=r"^Stopped\. The records .* are kept in .*, and the same command goes on\.$"):
+        compare.main(compare.CompareSettings(grid=str(file), jobs=2, out=str(tmp_path / "out")))
+    assert not any(worker.running for worker in workers)
+    assert signal.getsignal(signal.SIGINT) == handler
+
+
+def test_ctrl_c_in_a_run_is_no_result_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise SystemExit(1)  # what Lightning makes of it
+
+    monkeypatch.setattr(runs.Trainer, "fit", interrupted)
+    run = next(one.run for one in tiny().every_run())
+    with pytest.raises(KeyboardInterrupt):
+        runs.make(run)
+
+
 def test_a_killed_sweep_goes_on_to_the_same_end(unbroken: tuple[Path, list[sweep.Done]], tmp_path: Path) -> None:
     """SIGKILL at a random moment; two worker processes, which must not outlive their parent."""
     file = tmp_path / "tiny.yaml"
@@ -409,6 +453,15 @@ def test_a_killed_sweep_goes_on_to_the_same_end(unbroken: tuple[Path, list[sweep
     assert {key: without_clock(one) for key, one in after.items()} == {
         key: without_clock(one) for key, one in expected.items()
     }
+
+
+@pytest.mark.parametrize("text", ["", '{"status": "fin', "{}", "[]", "\xff"])
+def test_a_damaged_record_is_named_and_made_again(text: str, tmp_path: Path) -> None:
+    run = next(one.run for one in tiny().every_run())
+    (tmp_path / f"{run.key}.json").write_text(text, encoding="latin-1")
+    found = records.Records(tmp_path)
+    with pytest.warns(UserWarning, match=rf"{run.key}.json is damaged: its run is made again"):
+        assert found.get(run) is None
 
 
 def test_what_a_killed_sweep_was_writing_is_removed(tmp_path: Path) -> None:
@@ -556,17 +609,18 @@ def test_a_run_is_known_by_what_decides_its_result() -> None:
 def test_records_are_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = runs.Run("mnist", {"dataset": "digits"}, True)
     found = records.Records(tmp_path)
-    found.put(run, {"status": "finished", "result": {"loss": float("nan")}})
-    assert found.get(run) == {"status": "finished", "result": {"loss": None}}
+    whole = {"key": run.key, "status": "finished", "result": {"loss": None}, "history": []}
+    found.put(run, {**whole, "result": {"loss": float("nan")}})
+    assert found.get(run) == whole
 
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(files.os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        found.put(run, {"status": "finished", "result": {}})
+        found.put(run, {**whole, "result": {}})
     assert not list(tmp_path.glob("*.part"))
-    assert found.get(run) == {"status": "finished", "result": {"loss": None}}
+    assert found.get(run) == whole
 
 
 # ---- numbers --------------------------------------------------------------------------------------------------------
@@ -687,6 +741,33 @@ def test_step_times_are_measured() -> None:
     run = runs.Run("mnist", {**{k: v for k, v in TINY["settings"].items() if k != "recipe"}, "train_size": 100}, True)
     times = estimate.measure(run.full_settings(), runs.load(run))
     assert min(times.step, times.check, times.ladder) > 0
+
+
+def test_runs_in_double_precision_are_measured_in_it() -> None:
+    record = runs.make(tiny_run(precision="64-true"))
+    assert record["status"] == "finished", record["traceback"]
+    joint = record["result"]["ladder"]["end"]["joint"]
+    assert joint != float(torch.tensor(joint))  # no number of float32
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"publish": "out"}, "--publish must be another folder than --out, got out"),
+        ({"out": "file"}, "expected a folder that can be written to, got file"),
+        ({"publish": "file"}, "expected a folder that can be written to, got file"),
+    ],
+)
+def test_folders_that_cannot_be_are_named_before_anything_runs(
+    changes: dict[str, str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    monkeypatch.setattr(compare, "run_grid", lambda *_: pytest.fail("started"))
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    Path("tiny.yaml").write_text(yaml.safe_dump(TINY))
+    with pytest.raises(UserError, match=message):
+        compare.main(compare.CompareSettings(**{"grid": "tiny.yaml", "out": "out", **changes}))
 
 
 @pytest.mark.parametrize(

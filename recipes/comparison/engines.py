@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from importlib.util import find_spec
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import active_children, connection, get_context, parent_process
 from pathlib import Path
 from threading import Thread
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -42,7 +45,12 @@ class Processes:
     def __enter__(self) -> Processes:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is KeyboardInterrupt:  # nobody waits for what is under way
+            for worker in active_children():
+                worker.terminate()
         self._pool.shutdown(cancel_futures=True)
 
     def __call__(self, runs: Iterable[Run], started: Started) -> Iterator[tuple[Run, Record]]:
@@ -52,7 +60,8 @@ class Processes:
         while True:
             while len(under_way) < self.jobs and (run := next(waiting, None)) is not None:
                 started(run)
-                under_way[self._pool.submit(make, run)] = run
+                with ctrl_c_ignored():  # by the worker that this may start, from its first moment on
+                    under_way[self._pool.submit(make, run)] = run
             if not under_way:
                 return
             done, _ = wait(under_way, return_when=FIRST_COMPLETED)
@@ -77,6 +86,16 @@ def _result(future: Future[Record]) -> Record | None:
         return future.result()
     except BrokenProcessPool:
         return None
+
+
+@contextmanager
+def ctrl_c_ignored() -> Iterator[None]:
+    """Here for a moment, and for good by processes that are started meanwhile."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def threads_for(jobs: int) -> int:

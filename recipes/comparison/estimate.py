@@ -11,7 +11,7 @@ import torch
 
 from comparison.grid import BASELINE, Grid, Planned, task_name
 from comparison.records import Records
-from comparison.runs import Run, fit, ladder, load, steps_per_epoch
+from comparison.runs import Run, fit, ladder, load, probe, steps_per_epoch
 from flags import Settings
 from gradpen import evaluate_inequality
 from images import Images, Labelled
@@ -128,7 +128,7 @@ def measure(settings: Settings, images: Images) -> StepTimes:
     model = mlp(plain, noise.x[0].numel(), images.num_classes)
     objective = penalised_loss(plain)
     seconds = [_timed(lambda: fit(plain, images, model, objective, watch=False)) for _ in range(2)]
-    x, y = noise.rows(slice(settings.probe_size))
+    x, y = probe(model, images, settings.probe_size)
     model.eval()
     return StepTimes(
         step=seconds[1] / steps_per_epoch(plain, images),

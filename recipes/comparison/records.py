@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from filelock import FileLock, Timeout
 from comparison.runs import Record, Run
 from files import PART, written_whole
 from flags import UserError
+
+PARTS = {"key", "status", "result", "history"}  # of a record, beside what was set
 
 
 class Records:
@@ -22,8 +25,7 @@ class Records:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = made_folder(folder)
         self._lock = FileLock(folder / ".lock")
 
     def __enter__(self) -> Records:
@@ -49,11 +51,18 @@ class Records:
         return None if record is None or record["status"] == "failed" else record
 
     def read(self, run: Run) -> Record | None:
-        """The record, of a failure too."""
+        """The record, of a failure too. One that is damaged counts as missing."""
+        path = self._path(run)
         try:
-            return json.loads(self._path(run).read_text(encoding="utf-8"))
+            record = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
+        except ValueError:
+            record = None
+        if not isinstance(record, dict) or not record.keys() >= PARTS:
+            warnings.warn(f"{path} is damaged: its run is made again", stacklevel=2)
+            return None
+        return record
 
     def put(self, run: Run, record: Record) -> None:
         """Write a record at once."""
@@ -62,6 +71,19 @@ class Records:
 
     def _path(self, run: Run) -> Path:
         return self.folder / f"{run.key}.json"
+
+
+def made_folder(folder: Path) -> Path:
+    """A folder, made if it is not there.
+
+    Raises:
+        UserError: if it cannot be.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"expected a folder that can be written to, got {folder}: {error.strerror}") from error
+    return folder
 
 
 def as_json(record: Record) -> str:

@@ -224,6 +224,8 @@ def fit(
             trainer.fit(classifier, datamodule=ImageBatches(images, settings.batch_size, settings.seed))
         except DivergedError:
             return monitor, True
+        except SystemExit as stopped:  # Lightning's answer to KeyboardInterrupt
+            raise KeyboardInterrupt from stopped
         except RuntimeError:  # what the monitor, or torch, says of logits that are no numbers
             if logits_are_finite(model, images):
                 raise
@@ -234,16 +236,22 @@ def fit(
 def logits_are_finite(model: nn.Module, images: Images) -> bool:
     """Whether the network still maps training images to numbers."""
     with torch.no_grad():
-        return bool(model(images.probe(PROBED, torch.float32).x).isfinite().all())
+        return bool(model(probe(model, images, PROBED).x).isfinite().all())
+
+
+def probe(model: nn.Module, images: Images, count: int) -> Labelled:
+    """A few training images, in the precision that training left the model in."""
+    return images.probe(count, next(model.parameters()).dtype)
 
 
 def check_schedule(settings: Settings, images: Images) -> InequalityMonitor:
     """Looks at the inequality at `checks` steps, spread evenly on a log axis, and after the first epoch."""
     per_epoch = steps_per_epoch(settings, images)
+    double = settings.precision.startswith("64")
     steps = np.geomspace(1, settings.epochs * per_epoch, settings.checks).round().astype(int).tolist()
     return InequalityMonitor(
         at={*steps, per_epoch},
-        probe=images.probe(settings.probe_size, torch.float32),
+        probe=images.probe(settings.probe_size, torch.float64 if double else torch.float32),
         model="model",
         criterion=F.cross_entropy,
         slack=False,
@@ -279,13 +287,14 @@ def accuracy_of(model: nn.Module, part: Labelled) -> float | None:
         return None
     model.eval()
     with torch.inference_mode():
-        logits = torch.cat([model(x) for x in part.x.split(1000)])
+        dtype = next(model.parameters()).dtype
+        logits = torch.cat([model(x.to(dtype)) for x in part.x.split(1000)])
     return float(multiclass_accuracy(logits, part.y, logits.shape[1], average="micro"))
 
 
 def ladder(model: nn.Module, images: Images) -> dict[str, float]:
     """Mean tightness by norm, on a few samples of the probe."""
-    x, y = images.probe(LADDER_SIZE, torch.float32)
+    x, y = probe(model, images, LADDER_SIZE)
     model.eval()
     reports = {norm: evaluate_inequality(model, x, y, norm=norm, slack=False) for norm in NORMS}
     return {norm: float(report.tightness.nanmean()) for norm, report in reports.items()}
@@ -293,6 +302,6 @@ def ladder(model: nn.Module, images: Images) -> dict[str, float]:
 
 def geometric_complexity(model: nn.Module, images: Images) -> float:
     """Mean ‖J‖_F² of the outputs over training images."""
-    x, y = images.probe(PROBED, torch.float32)
+    x, y = probe(model, images, PROBED)
     model.eval()
     return float(input_grad_sq_norm(model, x, y, of="output").detach().mean())
