@@ -80,11 +80,11 @@ def compare(settings: CompareSettings, out: Path) -> Path | None:
     grid = read_grid(Path(settings.grid), overrides)
     torch.set_num_threads(threads_for(settings.jobs))
     with Records(out / "runs") as records:
+        if settings.dry_run or settings.ray_address is None:  # a cluster has the data where it runs
+            find_data(planned.run for planned in grid.every_run(records) if records.get(planned.run) is None)
         if settings.dry_run:
             print(how_long(grid, records, settings.jobs))
             return None
-        if settings.ray_address is None:  # a cluster has the data where it runs
-            find_data(planned.run for planned in grid.every_run(records) if records.get(planned.run) is None)
         if settings.publish is not None:
             made_folder(Path(settings.publish))
         with engine(settings) as make_runs:

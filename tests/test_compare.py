@@ -15,7 +15,7 @@ import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -528,6 +528,31 @@ def test_the_grids_in_the_repository_are_whole(path: Path) -> None:
         ({"tasks": [{"methods": {"inptu": {}}}]}, "methods of a task must be some that are compared on it, got inptu"),
         ({"settings": {"recipe": "mnist"}}, "give dataset a name, not auto"),
         ({"settings": {"recipe": "imagenet"}}, "recipe must be one of mnist, cifar"),
+        ({"seeds": [1, 1]}, r"seeds must be different, .*, got \[1, 1\]"),
+        ({"seeds": 3}, "seeds must be a list that is not empty, got 3"),
+        ({"seeds": []}, r"seeds must be a list that is not empty, got \[\]"),
+        ({"seeds": [1, "a"]}, "seeds must be whole numbers >= 0, got 'a'"),
+        ({"choose_seed": "a"}, "choose_seed must be whole numbers >= 0, got 'a'"),
+        ({"tasks": None}, "tasks must be a list that is not empty, got None"),
+        ({"tasks": [{"train_size": [5, 6]}]}, r"train_size of a task must be one value, got \[5, 6\]"),
+        ({"tasks": [{"only": "none"}]}, "only of a task must be a list that is not empty, got 'none'"),
+        ({"tasks": [{"report": 3}]}, "report of a task must be names with values"),
+        ({"methods": {"none": None}}, "method none must be names with values, such as .*, got None"),
+        ({"methods": {"none": {}, "a": {"like": ["b"]}}}, r"'a' is like \['b'\], which must be a method"),
+        ({"methods": {"none": {}, "a": {"penalty": "input", "weight": []}}}, "weight of method a must be a list"),
+        ({"methods": {"none": {}, "a": {"penalty": "inpt"}}}, "a: penalty must be none or input or .*, got 'inpt'"),
+        ({"methods": {"none": {}, "a": {"lr": "1e-3"}}}, "a: lr must be a number, got '1e-3'"),
+        ({"methods": {"none": {}, "a": {"lr": None}}}, "a: lr must be a number, got None"),
+        ({"methods": {"none": {}, "a": {"hidden": 16}}}, "a: hidden must be text in quotes, got 16"),
+        ({"methods": {"none": {}, "a": {"hidden": [[16]]}}}, r"a: hidden must be text in quotes, got \[16\]"),
+        ({"methods": {"none": {}, "a": {"activation": "foo"}}}, "a: activation must be relu or gelu or"),
+        ({"methods": {"none": {}, "a": {"over": "all"}}}, "a: over must be a whole number or sample or batch"),
+        ({"tasks": [{"train_size": "5"}]}, "train_size must be a whole number or null, got '5'"),
+        ({"tasks": [{"dataset": "foo"}]}, "dataset must be auto or mnist or fashion or kmnist or digits, got 'foo'"),
+        ({"sweeps": [{"question": 4, "seeds": [1]}]}, "question of a sweep must be 5 or 6, got 4"),
+        ({"sweeps": [{"question": 5, "seeds": [1, 1]}]}, "seeds of a sweep must be different"),
+        ({"sweeps": [{"question": 5, "seeds": [1], "vary": {"init": "he"}}]}, "init in vary of a sweep must be a list"),
+        ({"sweeps": [{"question": 5, "seeds": [1], "cases": []}]}, "cases of a sweep must be a list that is not empty"),
     ],
 )
 def test_mistakes_in_a_grid_are_named_before_anything_runs(changes: dict[str, Any], message: str) -> None:
@@ -545,11 +570,50 @@ def test_unknown_parts_of_a_grid_file_are_named(tmp_path: Path) -> None:
         grid.read_grid(file)
 
 
-def test_candidates_need_validation_images(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("extends: grid.yaml", "extends must name another grid file, got 'grid.yaml'"),
+        ("extends: other.yaml", "extends must name another grid file, got 'grid.yaml' in .*other.yaml"),
+        ("extends: [tiny.yaml]", r"extends must name another grid file, got \['tiny.yaml'\]"),
+        ("extends: tiny.yaml\nsettings: 3", "settings must be names with values, such as .*, got 3"),
+        ("extends: tiny.yaml\nsweeps: 3", "sweeps must be a list, got 3"),
+        ("extends: tiny.yaml\nrepetitions: 3", "sweeps, extends, got"),
+        ("- a", "grid.yaml must be names with values"),
+        ("\xff", "grid.yaml cannot be read"),
+    ],
+)
+def test_mistakes_in_a_grid_file_are_named(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    (tmp_path / "other.yaml").write_text("extends: grid.yaml")
+    (tmp_path / "grid.yaml").write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match=message):
+        grid.read_grid(tmp_path / "grid.yaml")
+
+
+def test_numbers_in_a_grid_file_are_those_of_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    (tmp_path / "grid.yaml").write_text(
+        "extends: tiny.yaml\nsettings: {lr: 1e-2}\ntasks: [{weight_decay: [1e-1, +1.5E1]}]"
+    )
+    described = grid.read_grid(tmp_path / "grid.yaml")
+    settings = [one.run.full_settings() for one in described.choosing()]
+    assert {one.lr for one in settings} == {0.01}
+    assert {one.weight_decay for one in settings} == {0.1, 15.0}
+
+
+def test_the_parts_of_a_grid_are_explained() -> None:
+    parts = [field.name for kind in (grid.Grid, grid.Sweep) for field in fields(kind)]
+    assert not [
+        name for name in [*parts, *grid.NOT_FLAGS, "like", "extends"] if f"{name}: " not in (grid.__doc__ or "")
+    ]
+
+
+def test_candidates_need_validation_images() -> None:
     settings = {**TINY["settings"], "val_size": 0}
     methods = {"none": {}, "input": {"penalty": "input", "weight": [0.1, 1.0]}}
     with pytest.raises(UserError, match="give val_size"):
-        make_all(tiny(settings=settings, methods=methods, sweeps=[]), tmp_path)
+        tiny(settings=settings, methods=methods, sweeps=[])
 
 
 @pytest.mark.parametrize(
@@ -564,6 +628,13 @@ def test_the_plain_baseline_gets_at_least_the_compute(matched: str, expected: di
     costs = {"none": 1.0, "weight decay": 1.02, "input": 2.25, "param": 1.5}
     assert tiny(matched_compute=matched).factors(costs, {}) == expected
     assert tiny(matched_compute="each").factors(costs, {"matched_compute": matched}) == expected
+
+
+def test_the_plain_baseline_gets_more_epochs_than_the_recipe_s() -> None:
+    described = tiny(tasks=[{"train_size": 5}], sweeps=[])
+    plain = described.candidates(described.tasks[0], "none")[0]
+    planned = list(described.matching(described.tasks[0], {"input": 2.25}, plain))
+    assert [one.run.settings["epochs"] for one in planned] == [50, 50]
 
 
 def test_two_tasks_on_the_same_images_are_told_apart_by_name() -> None:
@@ -737,8 +808,21 @@ def test_data_that_is_not_there_stops_a_sweep_before_it_starts(
     assert not written(tmp_path / "out" / "runs")
 
 
-def test_step_times_are_measured() -> None:
-    run = runs.Run("mnist", {**{k: v for k, v in TINY["settings"].items() if k != "recipe"}, "train_size": 100}, True)
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_more_images_than_there_are_stop_a_sweep_before_it_starts(
+    dry_run: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump({**TINY, "tasks": [{"train_size": 3000}]}))
+    with pytest.raises(UserError, match=r"has 1,438 training images: .* got 3000 and 200"):
+        compare.main(compare.CompareSettings(grid=str(file), dry_run=dry_run, out=str(tmp_path / "out")))
+    assert not written(tmp_path / "out" / "runs")
+
+
+@pytest.mark.parametrize("precision", ["32-true", "64-true"])
+def test_step_times_are_measured(precision: str) -> None:
+    run = tiny_run(precision=precision)
     times = estimate.measure(run.full_settings(), runs.load(run))
     assert min(times.step, times.check, times.ladder) > 0
 

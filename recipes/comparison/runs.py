@@ -10,15 +10,18 @@ import platform
 import time
 import traceback
 import warnings
+from argparse import ArgumentError
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import nn
 from torchmetrics.functional.classification import multiclass_accuracy
@@ -41,6 +44,8 @@ NORMS = ("frobenius", "spectral", "joint")  # from the loosest to the tightest
 LADDER_SIZE = 16  # samples on which all three are compared: the first needs whole Jacobians
 PROBED = 128  # samples for what costs little
 COLLAPSED = 1.2  # times the share of the most frequent class
+
+IN_WORDS = {int: "a whole number", float: "a number", str: "text in quotes", bool: "true or false", NoneType: "null"}
 
 Record = dict[str, Any]
 
@@ -68,9 +73,13 @@ class Run:
         if self.recipe not in RECIPES:
             raise UserError(f"recipe must be one of {', '.join(RECIPES)}, got {self.recipe!r}")
         kind, module = RECIPES[self.recipe]
-        unknown = set(self.settings) - {field.name for field in fields(kind)}
+        expected = _types(kind)
+        unknown = set(self.settings) - set(expected)
         if unknown:
             raise UserError(f"recipes/{self.recipe}.py has no setting {', '.join(sorted(unknown))}")
+        for name, value in self.settings.items():
+            if isinstance(value, (list, Mapping)) or not _fits(value, expected[name]):
+                raise UserError(f"{name} must be {' or '.join(_in_words(expected[name]))}, got {value!r}")
         settings = kind(**self.settings)
         if settings.dataset == "auto":
             raise UserError("a comparison must know its data: give dataset a name, not auto")
@@ -86,6 +95,32 @@ class Run:
         }
         described = json.dumps([RECORD_VERSION, self.recipe, settings, self.reads_test], sort_keys=True)
         return hashlib.sha256(described.encode()).hexdigest()[:20]
+
+
+@lru_cache
+def _types(kind: type[Settings]) -> dict[str, Any]:
+    """The type of every flag."""
+    return get_type_hints(kind)
+
+
+@lru_cache(maxsize=None, typed=True)
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether the command line would take the value for the type, and as it is."""
+    if value is None:  # which the parser takes for not given
+        return NoneType in get_args(kind)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=kind)
+    try:
+        return bool(parser.parse_object({"value": value})["value"] == value)
+    except ArgumentError:
+        return False
+
+
+def _in_words(kind: Any) -> list[str]:
+    """What a type takes."""
+    if not get_args(kind):
+        return [IN_WORDS[kind] if kind in IN_WORDS else str(kind)]
+    return [words for one in get_args(kind) for words in _in_words(one)]
 
 
 def data_name(settings: Mapping[str, Any]) -> str:
@@ -176,21 +211,30 @@ def _load(recipe: str, data: tuple[tuple[str, Any], ...]) -> Images:
 
 def load(run: Run) -> Images:
     """The run's data, kept for the next runs of this process."""
-    settings = run.full_settings()
+    return _load(run.recipe, _data_of(run.full_settings()))
+
+
+def _data_of(settings: Settings) -> tuple[tuple[str, Any], ...]:
+    """The flags that decide what is loaded."""
     names = ("dataset", "data_dir", "dataset_name", "image_side")
-    return _load(run.recipe, tuple((name, getattr(settings, name)) for name in names if hasattr(settings, name)))
+    return tuple((name, getattr(settings, name)) for name in names if hasattr(settings, name))
 
 
 def find_data(runs: Iterable[Run]) -> None:
-    """Load the data of some runs, once each, and forget it again.
+    """Load and split the data of some runs, once each, and forget it again.
 
     What has to be downloaded or decoded is so before several processes want it at once.
 
     Raises:
-        UserError: if it is not to be had.
+        UserError: if it is not to be had, or has too few images.
     """
-    for run in runs:
-        load(run)
+    every = [(run, run.full_settings()) for run in runs]
+    splits = {
+        (run.recipe, _data_of(settings), settings.train_size, settings.val_size): (run, settings)
+        for run, settings in every
+    }
+    for run, settings in splits.values():
+        load(run).split(settings.train_size, settings.val_size, settings.seed)
     _load.cache_clear()
 
 
