@@ -5,9 +5,26 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from math import inf
 from typing import Any, Literal, TypeVar
 
 from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser
+
+RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("epochs", "batch_size", "every_n_steps", "checks", "probe_size"), (1, inf)),
+    **dict.fromkeys(("val_size", "lr", "momentum", "weight_decay", "sam_radius"), (0, inf)),
+    **dict.fromkeys(("dropout", "label_smoothing"), (0, 1)),
+    "seed": (0, 2**32 - 1),
+}
+PRECISIONS = ("32-true", "64-true", "16-mixed", "bf16-mixed")  # the bound needs weights of 32 bits or more
+VARIANTS = {  # of the penalties → what they are variants of
+    "method": ("input", "param", "both"),
+    "of": ("input", "both"),
+    "over": ("param", "both"),
+    "unsquared": ("input", "param", "both"),
+    "every_n_steps": ("input", "param", "both"),
+}
+CTRL_C = 130  # the exit status that shells expect
 
 
 class UserError(ValueError):
@@ -46,13 +63,13 @@ class Settings:
         seed: of everything random.
         checks: how often the inequality is looked at, evenly spread; the first steps get a few more.
         probe_size: on how many training images.
-        accelerator: as Lightning's Trainer takes it, like the next three.
+        accelerator: as Lightning's Trainer takes it, like the next two.
         devices: how many, or which.
         strategy: auto, ddp, ...
-        precision: 32-true, bf16-mixed, 64-true, ...
+        precision: 32-true, 64-true, 16-mixed or bf16-mixed.
         data_dir: where the data is, or is downloaded to.
         out: folder for the results. Default: runs/<dataset>-<penalty>-s<seed>.
-        resume: go on from the last finished epoch that lies under --out.
+        resume: go on from the last finished epoch that lies under --out, with the same flags.
     """
 
     dataset: str = "auto"
@@ -91,13 +108,13 @@ class Settings:
     resume: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse what would fail later with a worse message."""
-        at_least_1 = ("epochs", "batch_size", "every_n_steps", "checks", "probe_size")
-        at_least_0 = ("val_size", "dropout", "momentum", "weight_decay", "sam_radius", "label_smoothing")
-        for least, names in ((1, at_least_1), (0, at_least_0)):
-            for name in names:
-                if not getattr(self, name) >= least:  # NaN is not
-                    raise UserError(f"--{name.replace('_', '-')} must be >= {least}, got {getattr(self, name)}")
+        """Refuse what would fail later with a worse message, or would be ignored."""
+        for name, (least, most) in RANGES.items():
+            if not least <= getattr(self, name) <= most:  # NaN is not
+                expected = f">= {least}" if most == inf else f"from {least} to {most}"
+                raise UserError(f"{flag(name)} must be {expected}, got {getattr(self, name)}")
+        if self.precision not in PRECISIONS:
+            raise UserError(f"--precision must be one of {', '.join(PRECISIONS)}, got {self.precision}")
         if self.momentum and self.optimizer != "sgd":
             raise UserError(f"--momentum {self.momentum} is SGD's, got --optimizer {self.optimizer}")
         if self.param_weight is not None and self.penalty != "both":
@@ -106,6 +123,12 @@ class Settings:
             )
         if self.weight and self.penalty == "none":
             raise UserError(f"--weight {self.weight} needs a penalty to weigh, got --penalty none")
+        for name, penalties in VARIANTS.items():
+            if self.penalty not in penalties and getattr(self, name) != getattr(type(self), name):
+                raise UserError(
+                    f"{flag(name)} is for --penalty {' or '.join(penalties)}, got --penalty {self.penalty}: "
+                    f"give one of these, or leave {flag(name)} out"
+                )
         self.widths()
 
     def widths(self) -> list[int]:
@@ -114,6 +137,11 @@ class Settings:
         if not all(part.isdecimal() and int(part) > 0 for part in parts):
             raise UserError(f"--hidden must be widths >= 1 separated by commas, such as 512,512, got {self.hidden!r}")
         return [int(part) for part in parts]
+
+
+def flag(name: str) -> str:
+    """What the command line calls a setting."""
+    return f"--{name.replace('_', '-')}"
 
 
 Some = TypeVar("Some", bound=Settings)
@@ -160,11 +188,18 @@ class DashedParser(ArgumentParser):
 
 
 def run_recipe(recipe: Callable[[Flags], object], settings: type[Flags]) -> None:
-    """Run a recipe from the command line."""
+    """Run a recipe from the command line; mistakes, places that cannot be read or written, and Ctrl-C take one line each."""
     try:
         recipe(parse_flags(settings))
-    except UserError as error:
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
+    except (KeyboardInterrupt, SystemExit) as stop:
+        of_lightning = isinstance(stop.__context__, KeyboardInterrupt) and stop.args == (1,)  # its answer to Ctrl-C
+        if isinstance(stop, SystemExit) and not of_lightning:
+            raise
+        how = "With --resume, the same command goes on after the last epoch that was finished, if there is one."
+        print(f"Stopped. {how}", file=sys.stderr)
+        sys.exit(CTRL_C)
 
 
 def parse_flags(settings: type[Flags], args: Sequence[str] | None = None) -> Flags:

@@ -204,11 +204,79 @@ def test_the_written_hparams_are_a_config(run: Run, tmp_path: Path) -> None:
         (("--weight", "1"), "--weight 1.0 needs a penalty"),
         (("--penalty", "param", "--over", "batch"), "--over batch has no default weight: give --weight"),
         (("--dataset", "digits", "--train-size", "5000"), "has 1,438 training images"),
+        (("--lr", "-1"), "--lr must be >= 0, got -1.0"),
+        (("--dropout", "1.5"), "--dropout must be from 0 to 1, got 1.5"),
+        (("--label-smoothing", "2"), "--label-smoothing must be from 0 to 1, got 2.0"),
+        (("--seed", "-1"), "--seed must be from 0 to 4294967295, got -1"),
+        (("--precision", "foo"), "--precision must be one of 32-true, 64-true, 16-mixed, bf16-mixed, got foo"),
+        (
+            ("--of", "output"),
+            "--of is for --penalty input or both, got --penalty none: give one of these, or leave --of out",
+        ),
+        (("--method", "projection"), "--method is for --penalty input or param or both, got --penalty none"),
+        (("--over", "batch"), "--over is for --penalty param or both, got --penalty none"),
+        (("--unsquared",), "--unsquared is for --penalty input or param or both, got --penalty none"),
+        (("--every-n-steps", "3"), "--every-n-steps is for --penalty input or param or both, got --penalty none"),
+        (("--penalty", "input", "--weight", "1", "--over", "4"), "--over is for --penalty param or both"),
+        (("--penalty", "param", "--weight", "1", "--of", "output"), "--of is for --penalty input or both"),
     ],
 )
 def test_mistakes_are_named(args: tuple[str, ...], message: str) -> None:
     with pytest.raises(flags.UserError, match=message.replace("(", r"\(")):
         mnist.main(parse(*args))
+
+
+def refused() -> None:
+    raise flags.UserError("--lr is too high")
+
+
+def unwritable() -> None:
+    Path("/proc/nope").mkdir()
+
+
+def interrupted() -> None:
+    raise KeyboardInterrupt
+
+
+def interrupted_in_lightning() -> None:
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        sys.exit(1)
+
+
+def interrupted_with_a_line_of_its_own() -> None:
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        sys.exit("Stopped by hand.")
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "line"),
+    [
+        (refused, "error: --lr is too high", ""),
+        (unwritable, "error: [Errno 2] No such file or directory: '/proc/nope'", ""),
+        (interrupted, 130, "Stopped. With --resume, the same command goes on"),
+        (interrupted_in_lightning, 130, "Stopped. With --resume, the same command goes on"),
+        (interrupted_with_a_line_of_its_own, "Stopped by hand.", ""),
+        (sys.exit, None, ""),
+    ],
+)
+def test_recipes_end_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, end: Callable[[], None], code: object, line: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["mnist.py"])
+    with pytest.raises(SystemExit) as exit_:
+        flags.run_recipe(lambda settings: end(), mnist.MnistSettings)
+    assert exit_.value.code == code
+    assert capsys.readouterr().err.startswith(line)
+
+
+def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["mnist.py"])
+    with pytest.raises(ZeroDivisionError):
+        flags.run_recipe(lambda settings: 1 / 0, mnist.MnistSettings)
 
 
 def test_mnist_without_files_and_network_is_an_error(no_network: None, tmp_path: Path) -> None:
