@@ -56,12 +56,30 @@ def train_and_test(kind: Any, data_dir: Path, urls: Sequence[str]) -> list[Any]:
 
     Raises:
         OSError: if no server answers, or the transfer breaks.
+        UserError: if the files are damaged.
+    """
+    try:
+        return _read(kind, data_dir)
+    except FileNotFoundError:
+        download(kind, data_dir, urls)
+        return _read(kind, data_dir)
+
+
+def _read(kind: Any, data_dir: Path) -> list[Any]:
+    """Both parts from disk.
+
+    Raises:
+        FileNotFoundError: if they are not there.
+        UserError: if they cannot be understood.
     """
     try:
         return [kind(data_dir, train=train) for train in (True, False)]
-    except RuntimeError:  # torchvision's word for files that are not there
-        download(kind, data_dir, urls)
-        return [kind(data_dir, train=train) for train in (True, False)]
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:  # all of them torchvision's words for it
+        if "not found" in str(error):
+            raise FileNotFoundError(str(error)) from error
+        raise UserError(
+            f"the files of {kind.__name__} in {data_dir} are damaged ({error!r}): remove them, and they are downloaded again"
+        ) from error
 
 
 def download(kind: Any, data_dir: Path, urls: Sequence[str]) -> None:

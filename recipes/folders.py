@@ -59,7 +59,7 @@ def read_tree(root: Path) -> Tree:
     """Every image file of the tree, with its class.
 
     Raises:
-        UserError: if there is no such tree, or the parts have different classes.
+        UserError: if there is no such tree, the parts have different classes, or there is one class alone.
     """
     try:
         found = {part: ImageFolder(str(root / part)) for part in PARTS}
@@ -72,17 +72,20 @@ def read_tree(root: Path) -> Tree:
         raise UserError(
             f"expected the same classes in {root}/train and {root}/test, got only in one of them: {', '.join(differing)}"
         )
+    if len(found["train"].classes) < 2:
+        raise UserError(f"expected two classes or more in {root}/train, got only {found['train'].classes[0]}")
     return Tree(found["train"].classes, {part: found[part].samples for part in PARTS})
 
 
 def decoded(tree: Tree, root: Path, image_side: int | None) -> dict[str, Tensor]:
     """Both parts' pixels, (N, 3, height, width) of bytes, from the cache if the files are those that it was made of."""
     cache = cache_folder() / f"{fingerprint(tree, root, image_side)}.pt"
-    if cache.exists():
-        try:
-            return torch.load(cache, weights_only=True)
-        except (RuntimeError, EOFError, UnpicklingError) as error:
-            warnings.warn(f"{cache} cannot be read ({error}): the images are decoded again", stacklevel=2)
+    try:
+        return torch.load(cache, weights_only=True)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
+        warnings.warn(f"{cache} cannot be read ({error}): the images are decoded again", stacklevel=2)
     files = [path for part in PARTS for path, _ in tree.samples[part]]
     images = [decode(path, image_side) for path in track(files, f"Decoding {len(files):,} images")]
     odd = next((path for path, image in zip(files, images, strict=True) if image.shape != images[0].shape), None)
@@ -93,9 +96,12 @@ def decoded(tree: Tree, root: Path, image_side: int | None) -> dict[str, Tensor]
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
     counts = [len(tree.samples[part]) for part in PARTS]
     whole = {part: rows.clone() for part, rows in zip(PARTS, pixels.split(counts), strict=True)}
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(cache, "wb") as file:
-        torch.save(whole, file)
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(cache, "wb") as file:
+            torch.save(whole, file)
+    except (OSError, RuntimeError) as error:  # the latter is torch's word for a full disk
+        warnings.warn(f"{cache} cannot be written ({error}): next time, the images are decoded again", stacklevel=2)
     return whole
 
 

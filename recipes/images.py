@@ -69,12 +69,15 @@ class Images:
 def normalised(train: Labelled, test: Labelled) -> tuple[Labelled, Labelled, Labelled]:
     """Training, (no) validation and test images with mean 0 and variance 1 over the training pixels, channel by channel.
 
+    A channel that is the same everywhere becomes 0.
+
     Args:
         train: images (N, height, width) or (N, channels, height, width).
         test: likewise.
     """
     over = (0, -2, -1) if train.x.dim() == 4 else (0, 1, 2)
     mean, std = train.x.mean(over, keepdim=True), train.x.std(over, keepdim=True)
+    std = std.masked_fill(train.x.amin(over, keepdim=True) == train.x.amax(over, keepdim=True), 1)
     train, test = (Labelled((part.x - mean) / std, part.y) for part in (train, test))
     return train, train.rows(slice(0)), test
 

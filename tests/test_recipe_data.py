@@ -111,6 +111,23 @@ def test_a_broken_write_leaves_no_cache(tree: Path, cache: Path, monkeypatch: py
     assert not list(cache.iterdir())
 
 
+def test_images_are_decoded_where_no_cache_can_be_written(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match=r"cannot be written .*: next time, the images are decoded again"):
+        assert len(folders.load_folder(tree, "photos", None).train.y) == 10
+
+
+def test_a_channel_that_is_the_same_everywhere_is_0() -> None:
+    x = torch.rand(50, 3, 4, 4)
+    x[:, 2] = 0.1
+    train, _, test = images.normalised(*[images.Labelled(x, torch.zeros(50))] * 2)
+    assert torch.allclose(train.x.std((0, 2, 3)), torch.tensor([1.0, 1.0, 0.0]), atol=1e-6)
+    assert torch.allclose(test.x[:, 2], torch.zeros(()), atol=1e-6)
+
+
 def test_images_are_scaled(tree: Path) -> None:
     Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(tree / "train" / "cat" / "large.png")
     with pytest.raises(flags.UserError, match=r"images of one size, got .* and .*large.png .*--image-side 32"):
@@ -124,6 +141,12 @@ def test_mistakes_in_a_tree_are_named(tree: Path, tmp_path: Path) -> None:
     (tree / "train" / "cat" / "0.png").write_text("no image")
     with pytest.raises(flags.UserError, match=r"0.png cannot be read as an image"):
         folders.load_folder(tree, "photos", None)
+    for part in ("train", "test"):
+        (tree / part / "dog").rename(tree / f"{part}-dog")
+    with pytest.raises(flags.UserError, match=r"two classes or more in .*train, got only cat"):
+        folders.load_folder(tree, "photos", None)
+    for part in ("train", "test"):
+        (tree / f"{part}-dog").rename(tree / part / "dog")
     (tree / "test" / "dog").rename(tree / "test" / "wolf")
     with pytest.raises(flags.UserError, match=r"the same classes .* only in one of them: dog, wolf"):
         folders.load_folder(tree, "photos", None)
@@ -171,6 +194,19 @@ def test_other_sets_in_the_format_of_mnist(no_network: None, tmp_path: Path, key
     settings = flags.parse_flags(mnist.MnistSettings, ["--dataset", key, "--data-dir", str(tmp_path)])
     with pytest.raises(flags.UserError, match=rf"{name} is not in .*{name.replace('-', '')}/raw"):
         mnist.load(settings)
+
+
+@pytest.mark.parametrize("content", [b"", b"\0\0\x08\1\0\0\0\5", b"no numbers"])
+def test_damaged_files_are_named(no_network: None, tmp_path: Path, content: bytes) -> None:
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        for kind in ("images-idx3", "labels-idx1"):
+            (raw / f"{part}-{kind}-ubyte").write_bytes(content)
+    for dataset in ("mnist", "auto"):
+        settings = flags.parse_flags(mnist.MnistSettings, ["--dataset", dataset, "--data-dir", str(tmp_path)])
+        with pytest.raises(flags.UserError, match=rf"the files of MNIST in {tmp_path} are damaged .*: remove them"):
+            mnist.load(settings)
 
 
 # ---- synthetic shapes -----------------------------------------------------------------------------------------------
