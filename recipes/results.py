@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +17,40 @@ from torch.utils.benchmark import Timer
 
 from gradpen import PenalizedLoss
 from gradpen.callbacks import InequalityMonitor
+from gradpen.history import Row
+from gradpen.inequality import NotFiniteError, evaluate_inequality
+from images import Labelled
 
 Summary = dict[str, Any]
 REPETITIONS = 15
+OF_LAST_CHECK = ("tightness", "tightness_min", "tightness_max", "input_grad_sq_norm", "param_grad_sq_norm")
 
 
-def bound_summary(monitor: InequalityMonitor) -> Summary:
-    """The last check's tightness (means over the probe), and the violations of all checks."""
-    whole = [row for row in monitor.history if row["layer"] == "all"]
-    last = [row for row in monitor.history if row["step"] == whole[-1]["step"]]
+def has_diverged(model: nn.Module, probe: Labelled, history: Sequence[Row], step: int) -> bool:
+    """Whether outputs or gradients on the probe are no numbers at the end; a check is kept only if they are."""
+    if history and history[-1]["step"] == step:
+        return False
+    model.eval()
+    try:
+        evaluate_inequality(model, *probe, slack=False)
+    except NotFiniteError:
+        return True
+    return False
+
+
+def bound_summary(history: Sequence[Row], diverged: bool) -> Summary:
+    """The last check's tightness and norms (means over the probe), and the violations of all checks.
+
+    Without a check, and of a run that diverged after the last one, tightness and norms are None.
+    """
+    whole = [row for row in history if row["layer"] == "all"]
+    last = [] if diverged or not whole else [row for row in history if row["step"] == whole[-1]["step"]]
+    at_end: Row = whole[-1] if last else {}
     return {
-        "tightness": whole[-1]["tightness"],
-        "tightness_min": whole[-1]["tightness_min"],
-        "tightness_max": whole[-1]["tightness_max"],
+        "diverged": diverged,
+        **{name: at_end.get(name) for name in OF_LAST_CHECK},
         "tightness_by_layer": {row["layer"]: row["tightness"] for row in last if row["layer"] != "all"},
-        "input_grad_sq_norm": whole[-1]["input_grad_sq_norm"],
-        "param_grad_sq_norm": whole[-1]["param_grad_sq_norm"],
-        "checks": len(whole),
+        "checks_made": len(whole),
         "violations": sum(row["violations"] for row in whole),
         "undefined": sum(row["undefined"] for row in whole),
     }
@@ -88,30 +106,36 @@ def table(summary: Summary, out: Path) -> str:
     """The results, to be printed."""
     gap = summary["train_accuracy"] - summary["test_accuracy"]
     done = "" if summary["completed"] else f" (stopped early, of {summary['epochs']})"
+    figure = ", bound.png" if summary["checks_made"] else ""
     rows = [
         ("data", summary["dataset_name"]),
+        *([("diverged", "outputs or gradients of the trained network are no numbers")] if summary["diverged"] else []),
         ("test accuracy", f"{summary['test_accuracy']:.2%}"),
         *([("validation accuracy", f"{summary['val_accuracy']:.2%}")] if summary["val_accuracy"] is not None else []),
         ("train − test gap", f"{100 * gap:.2f} points (train {summary['train_accuracy']:.2%})"),
-        (
-            "tightness of the bound",
-            f"{summary['tightness']:.3f} (from {summary['tightness_min']:.3f} to {summary['tightness_max']:.3f})",
-        ),
+        ("tightness of the bound", _tightness(summary)),
         *((f"  layer {name}", f"{value:.3f}") for name, value in summary["tightness_by_layer"].items()),
-        ("violations", f"{summary['violations']} in {summary['checks']} checks"),
+        ("violations", f"{summary['violations']} in {summary['checks_made']} checks"),
         ("penalty's cost", f"{summary['penalty_cost']:.2f} × a plain forward and backward pass"),
         ("training time", f"{summary['seconds']:.1f} s for {summary['epochs_done']} epochs{done}, checks included"),
-        ("written to", f"{out}/: summary.json, metrics.csv, bound.csv, bound.png"),
+        ("written to", f"{out}/: summary.json, metrics.csv, bound.csv{figure}"),
     ]
     width = max(len(name) for name, _ in rows)
     heading = title(summary)
     return "\n".join(["", heading, "-" * len(heading), *(f"{name:<{width}}  {value}" for name, value in rows)])
 
 
+def _tightness(summary: Summary) -> str:
+    if summary["tightness"] is None:
+        return "no check at the end"
+    return f"{summary['tightness']:.3f} (from {summary['tightness_min']:.3f} to {summary['tightness_max']:.3f})"
+
+
 def write_results(out: Path, summary: Summary, monitor: InequalityMonitor) -> None:
-    """Write summary.json, bound.csv and bound.png."""
+    """Write summary.json, bound.csv, and bound.png if there was a check."""
     out.mkdir(parents=True, exist_ok=True)
     monitor.to_csv(out / "bound.csv")
-    monitor.plot(title(summary)).savefig(out / "bound.png", dpi=150)
+    if monitor.history:
+        monitor.plot(title(summary)).savefig(out / "bound.png", dpi=150)
     plain = {name: None if value != value else value for name, value in summary.items()}  # JSON has no NaN
     (out / "summary.json").write_text(json.dumps(plain, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -25,10 +25,10 @@ from flags import Settings
 from gradpen import PenalizedLoss
 from gradpen.callbacks import InequalityMonitor
 from gradpen.penalties import PenalizedOutput
-from images import ImageBatches, Images
+from images import ImageBatches, Images, Labelled
 from models import mlp
 from objectives import penalised_loss
-from results import Summary, bound_summary, penalty_cost, table, write_results
+from results import Summary, bound_summary, has_diverged, penalty_cost, table, write_results
 
 EARLY_CHECKS = (1, 3, 10, 30, 100)  # steps, as the bound moves most in the first ones
 HARMLESS = (  # warnings
@@ -155,6 +155,7 @@ def train(settings: Settings, images: Images, model: nn.Module, objective: Penal
         metrics: dict[str, Any] = dict(trainer.callback_metrics)
         for found in trainer.test(classifier, datamodule=batches, verbose=False):
             metrics |= found
+    diverged = has_diverged(model, _probe(settings, images), monitor.history, trainer.global_step)
     summary: Summary = {
         **_recorded(settings),
         "dataset": images.key,
@@ -165,7 +166,7 @@ def train(settings: Settings, images: Images, model: nn.Module, objective: Penal
         "test_accuracy": round(float(metrics["accuracy/test"]), 6),
         "train_accuracy": round(float(metrics["accuracy/train_final"]), 6),
         "val_accuracy": round(float(metrics["accuracy/val"]), 6) if "accuracy/val" in metrics else None,
-        **bound_summary(monitor),
+        **bound_summary(monitor.history, diverged),
         "penalty_cost": penalty_cost(trainer, model, objective, *batches.train.rows(slice(settings.batch_size))),
         "seconds": timer.time_elapsed("train"),
         "device": str(trainer.strategy.root_device),
@@ -179,13 +180,17 @@ def train(settings: Settings, images: Images, model: nn.Module, objective: Penal
     return summary
 
 
+def _probe(settings: Settings, images: Images) -> Labelled:
+    """A few training images, always the same ones."""
+    return images.probe(settings.probe_size, torch.float64 if settings.precision == "64-true" else torch.float32)
+
+
 def _monitor(settings: Settings, images: Images) -> InequalityMonitor:
-    """Watches the inequality on a few training images, always the same ones."""
-    double = settings.precision.startswith("64")
+    """Watches the inequality."""
     return InequalityMonitor(
         every_n_steps=max(10, settings.epochs * _steps_per_epoch(settings, images) // settings.checks),
         at=EARLY_CHECKS,
-        probe=images.probe(settings.probe_size, torch.float64 if double else torch.float32),
+        probe=_probe(settings, images),
         model="model",
         criterion=F.cross_entropy,
     )

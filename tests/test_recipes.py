@@ -28,7 +28,9 @@ import downloads  # noqa: E402
 import flags  # noqa: E402
 import images  # noqa: E402
 import mnist  # noqa: E402
+import models  # noqa: E402
 import objectives  # noqa: E402
+import training  # noqa: E402
 
 SMALL = ("--dataset", "digits", "--hidden", "32,16", "--epochs", "2", "--accelerator", "cpu")
 FILES = ("summary.json", "metrics.csv", "bound.csv", "bound.png", "hparams.yaml", "last.ckpt")
@@ -71,6 +73,7 @@ def test_a_run_ends_with_every_result(run: Run, tmp_path: Path, capsys: pytest.C
     assert (summary["dataset"], summary["penalty"], summary["epochs"]) == ("digits", penalty, 2)
     assert summary["violations"] == 0
     assert 0 < summary["tightness"] <= 1
+    assert not summary["diverged"]
     assert 0.1 < summary["test_accuracy"] <= 1
     assert 0.1 < summary["train_accuracy"] <= 1
     for name in FILES:
@@ -78,6 +81,7 @@ def test_a_run_ends_with_every_result(run: Run, tmp_path: Path, capsys: pytest.C
     assert list((tmp_path / "run" / "tensorboard").glob("events*"))
     bound = rows(tmp_path / "run" / "bound.csv")
     assert {row["layer"] for row in bound} == {"all", "dense1", "dense2", "dense3"}
+    assert (summary["checks"], summary["checks_made"]) == (30, sum(row["layer"] == "all" for row in bound))
     assert all(0 < float(row["lhs"]) <= float(row["rhs"]) < math.inf for row in bound if row["layer"] == "all")
     logged = set(rows(tmp_path / "run" / "metrics.csv")[0])
     names = {"none": [], "both": ["input", "param"]}.get(penalty, [penalty])
@@ -124,6 +128,33 @@ def test_a_validation_split_is_reported(run: Run) -> None:
     summary = run("--val-size", "200", "--train-size", "1000", "--epochs", "1")
     assert summary["train_images"] == 1000
     assert 0 < summary["val_accuracy"] <= 1
+
+
+TINY = ("--dataset", "digits", "--hidden", "8", "--epochs", "1", "--probe-size", "4", "--accelerator", "cpu")
+
+
+@pytest.mark.filterwarnings("ignore:no check of the inequality")
+def test_a_run_that_diverged_says_so(run: Run, capsys: pytest.CaptureFixture) -> None:
+    summary = run("--optimizer", "sgd", "--lr", "1e30", small=TINY)
+    assert summary["diverged"]
+    assert (summary["tightness"], summary["input_grad_sq_norm"], summary["tightness_by_layer"]) == (None, None, {})
+    assert summary["checks_made"] == 1  # before the first step
+    printed = capsys.readouterr().out
+    assert "diverged" in printed
+    assert "no check at the end" in printed
+
+
+@pytest.mark.filterwarnings("ignore:no check of the inequality")
+def test_a_run_without_any_check_has_results(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "mlp", lambda *args, **sizes: models.mlp(*args, **sizes).apply(no_numbers))
+    summary = run(small=TINY)
+    assert (summary["diverged"], summary["checks_made"], summary["violations"]) == (True, 0, 0)
+    assert not (tmp_path / "run" / "bound.png").exists()
+
+
+def no_numbers(module: torch.nn.Module) -> None:
+    for parameter in module.parameters(recurse=False):
+        torch.nn.init.constant_(parameter, math.nan)
 
 
 def test_variants_run(run: Run) -> None:
