@@ -160,8 +160,9 @@ class ImageBatches(LightningDataModule):
         return [self._loader(self.val)] if len(self.val.y) else []
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
-        """The test images, then the training images: the gap between the two is a result."""
-        return [self._loader(self.test), self._loader(self.train)]
+        """The test images, the training images (the gap between the two is a result), and those held out, if any."""
+        held_out = [self._loader(self.val)] if len(self.val.y) else []
+        return [self._loader(self.test), self._loader(self.train), *held_out]
 
     def _loader(self, part: Labelled, shuffle_seed: int | None = None) -> DataLoader[Any]:
         trainer = self._running()

@@ -10,18 +10,21 @@ from dataclasses import asdict, replace
 from importlib.util import find_spec
 from math import ceil
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, Timer, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from flags import Settings
+from flags import Settings, UserError, flag
 from gradpen import PenalizedLoss
 from gradpen.callbacks import InequalityMonitor
 from gradpen.penalties import PenalizedOutput
@@ -37,6 +40,7 @@ HARMLESS = (  # warnings
     ".*LeafSpec.* is deprecated",
 )
 WRITTEN = ("summary.json", "metrics.csv", "bound.csv", "bound.png", "hparams.yaml", "last.ckpt", "tensorboard")
+PLACES = ("data_dir", "out", "accelerator", "strategy")  # where a run is made is not what is run
 
 
 class Classifier(LightningModule):
@@ -58,7 +62,7 @@ class Classifier(LightningModule):
         self.objective = objective
         self.settings = settings
         self.logs = logs
-        parts = ("train", "val", "test", "train_final")  # the last: all training images, after training
+        parts = ("train", "val", "test", "train_final", "val_final")  # the last two: after training
         self.accuracy = nn.ModuleDict(
             {f"on_{part}": MulticlassAccuracy(num_classes, average="micro") for part in parts}
         )
@@ -86,9 +90,9 @@ class Classifier(LightningModule):
         self._log_accuracy("val", self(x), y)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Accuracy on the test images (data loader 0) and on the training images (1) of the trained network."""
+        """Accuracy of the trained network on the test images (data loader 0), training (1) and validation images (2)."""
         x, y = batch
-        self._log_accuracy(("test", "train_final")[dataloader_idx], self(x), y)
+        self._log_accuracy(("test", "train_final", "val_final")[dataloader_idx], self(x), y)
 
     def configure_optimizers(self) -> Any:
         """AdamW or SGD, with one cycle of the learning rate over the whole run or without a schedule."""
@@ -136,25 +140,28 @@ def train(settings: Settings, images: Images, model: nn.Module, objective: Penal
         What summary.json holds.
     """
     out = Path(settings.out or f"runs/{images.key}-{settings.penalty}-s{settings.seed}")
-    checkpoint = out / "last.ckpt" if settings.resume and (out / "last.ckpt").exists() else None
-    if checkpoint is None:
-        _clear(out)
+    checkpoint = _checkpoint(settings, out)
     monitor = _monitor(settings, images)
     timer = Timer()
-    trainer = _trainer(settings, images, out, checkpoint, [timer, monitor])
+    trainer = _trainer(settings, images, out, [timer, monitor])
     rank_zero_info(
         f"{images.name}: {len(images.train.y):,} training, {len(images.val.y):,} validation, "
         f"{len(images.test.y):,} test images; results go to {out}"
     )
     classifier = Classifier(model, objective, images.num_classes, settings)
     batches = ImageBatches(images, settings.batch_size, settings.seed)
+    if checkpoint is None:
+        _clear(out)  # not before the flags have made all of the above
+    trainer.loggers = _loggers(out, settings, checkpoint)
     with warnings.catch_warnings():
         for harmless in HARMLESS:
             warnings.filterwarnings("ignore", message=harmless)
-        completed = _fit(trainer, classifier, batches, checkpoint)
-        metrics: dict[str, Any] = dict(trainer.callback_metrics)
-        for found in trainer.test(classifier, datamodule=batches, verbose=False):
-            metrics |= found
+        completed = _fit(trainer, classifier, batches, checkpoint, out)
+        accuracy = {
+            name: round(value, 6)
+            for found in trainer.test(classifier, datamodule=batches, verbose=False)
+            for name, value in found.items()
+        }
     diverged = has_diverged(model, _probe(settings, images), monitor.history, trainer.global_step)
     summary: Summary = {
         **_recorded(settings),
@@ -163,9 +170,9 @@ def train(settings: Settings, images: Images, model: nn.Module, objective: Penal
         "completed": completed,
         "epochs_done": trainer.current_epoch,
         "train_images": len(images.train.y),
-        "test_accuracy": round(float(metrics["accuracy/test"]), 6),
-        "train_accuracy": round(float(metrics["accuracy/train_final"]), 6),
-        "val_accuracy": round(float(metrics["accuracy/val"]), 6) if "accuracy/val" in metrics else None,
+        "test_accuracy": accuracy["accuracy/test"],
+        "train_accuracy": accuracy["accuracy/train_final"],
+        "val_accuracy": accuracy.get("accuracy/val_final"),
         **bound_summary(monitor.history, diverged),
         "penalty_cost": penalty_cost(trainer, model, objective, *batches.train.rows(slice(settings.batch_size))),
         "seconds": timer.time_elapsed("train"),
@@ -180,6 +187,40 @@ def train(settings: Settings, images: Images, model: nn.Module, objective: Penal
     return summary
 
 
+def _checkpoint(settings: Settings, out: Path) -> Path | None:
+    """What --resume goes on from.
+
+    Raises:
+        UserError: if it is of a run with other flags.
+    """
+    if not settings.resume:
+        return None
+    checkpoint = out / "last.ckpt"
+    if not checkpoint.exists():
+        rank_zero_info(f"no checkpoint under {out}: starting from the beginning")
+        return None
+    now, before = _recorded(settings), _recorded_before(settings, out)
+    other = [name for name, value in now.items() if name not in PLACES and before[name] != value]
+    if other:
+        raise UserError(
+            f"--resume: the run under {out} has {_as_flags(before, other)}, got {_as_flags(now, other)}: "
+            "give the flags that it was started with, or another --out"
+        )
+    return checkpoint
+
+
+def _recorded_before(settings: Settings, out: Path) -> dict[str, Any]:
+    """The flags of the run under `out`, with defaults for those that recipes did not have yet."""
+    try:
+        return asdict(type(settings)()) | yaml.safe_load((out / "hparams.yaml").read_text(encoding="utf-8"))
+    except (FileNotFoundError, TypeError, yaml.YAMLError) as error:  # not there, no mapping, no YAML
+        raise UserError(f"--resume: the flags of the run under {out} cannot be read: {error}") from error
+
+
+def _as_flags(recorded: dict[str, Any], names: list[str]) -> str:
+    return " ".join(f"{flag(name)} {recorded[name]}" for name in names)
+
+
 def _probe(settings: Settings, images: Images) -> Labelled:
     """A few training images, always the same ones."""
     return images.probe(settings.probe_size, torch.float64 if settings.precision == "64-true" else torch.float32)
@@ -189,6 +230,7 @@ def _monitor(settings: Settings, images: Images) -> InequalityMonitor:
     """Watches the inequality."""
     return InequalityMonitor(
         every_n_steps=max(10, settings.epochs * _steps_per_epoch(settings, images) // settings.checks),
+        every_n_epochs=settings.epochs,  # the end is part of the schedule, and so of the last epoch's checkpoint
         at=EARLY_CHECKS,
         probe=_probe(settings, images),
         model="model",
@@ -196,37 +238,43 @@ def _monitor(settings: Settings, images: Images) -> InequalityMonitor:
     )
 
 
-def _trainer(
-    settings: Settings, images: Images, out: Path, checkpoint: Path | None, callbacks: list[Callback]
-) -> Trainer:
-    """Lightning's Trainer, with a progress bar, two loggers and the last epoch's checkpoint."""
+def _trainer(settings: Settings, images: Images, out: Path, callbacks: list[Callback]) -> Trainer:
+    """Lightning's Trainer, with a progress bar and the last epoch's checkpoint.
+
+    Raises:
+        UserError: on devices that are not there.
+    """
     refresh = 20  # steps; drawing the bar at each would cost as much as a step
     bar = RichProgressBar(refresh_rate=refresh) if find_spec("rich") else TQDMProgressBar(refresh_rate=refresh)
     last = ModelCheckpoint(
         dirpath=out, filename="last", save_top_k=1, save_on_train_epoch_end=True, enable_version_counter=False
     )
-    return Trainer(
-        accelerator=settings.accelerator,
-        devices=settings.devices,
-        strategy=settings.strategy,
-        precision=settings.precision,  # type: ignore[arg-type]  # Lightning checks it
-        max_epochs=settings.epochs,
-        callbacks=[*callbacks, last, bar],
-        logger=_loggers(out, settings, checkpoint),
-        log_every_n_steps=min(50, max(1, _steps_per_epoch(settings, images) // 4)),
-        deterministic="warn",
-        use_distributed_sampler=False,  # the batches are shared out by process already
-        num_sanity_val_steps=0,
-        limit_val_batches=None if len(images.val.y) else 0,
-        enable_model_summary=False,
-    )
+    try:
+        return Trainer(
+            accelerator=settings.accelerator,
+            devices=settings.devices,
+            strategy=settings.strategy,
+            precision=settings.precision,  # type: ignore[arg-type]  # one of flags.PRECISIONS
+            max_epochs=settings.epochs,
+            callbacks=[*callbacks, last, bar],
+            logger=False,  # they write, and come later
+            log_every_n_steps=min(50, max(1, _steps_per_epoch(settings, images) // 4)),
+            deterministic="warn",
+            use_distributed_sampler=False,  # the batches are shared out by process already
+            num_sanity_val_steps=0,
+            limit_val_batches=None if len(images.val.y) else 0,
+            enable_model_summary=False,
+        )
+    except (MisconfigurationException, TypeError, ValueError) as error:
+        asked = _as_flags(_recorded(settings), ["accelerator", "devices", "strategy", "precision"])
+        raise UserError(f"{asked} is refused by Lightning: {error}") from error
 
 
 def _steps_per_epoch(settings: Settings, images: Images) -> int:
     return ceil(len(images.train.y) / settings.batch_size)
 
 
-def _fit(trainer: Trainer, classifier: Classifier, batches: ImageBatches, checkpoint: Path | None) -> bool:
+def _fit(trainer: Trainer, classifier: Classifier, batches: ImageBatches, checkpoint: Path | None, out: Path) -> bool:
     """Train; False if Ctrl-C ended it early, in which case what was trained so far is still evaluated."""
     try:
         trainer.fit(classifier, datamodule=batches, ckpt_path=checkpoint)
@@ -234,7 +282,8 @@ def _fit(trainer: Trainer, classifier: Classifier, batches: ImageBatches, checkp
         if not trainer.interrupted or trainer.world_size > 1:
             raise
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        rank_zero_info("Stopped early. Go on later with --resume.")
+        how = "Go on later with --resume." if (out / "last.ckpt").exists() else "No epoch was finished to go on from."
+        rank_zero_info(f"Stopped early. {how}")
     return not trainer.interrupted
 
 
@@ -265,7 +314,11 @@ def _write_again(logger: CSVLogger, rows: list[dict[str, Any]]) -> None:
 
 @rank_zero_only
 def _clear(out: Path) -> None:
-    """Remove an earlier run's results, so that no file of it stays beside the new ones."""
+    """Make the folder, and remove an earlier run's results, so that no file of it stays beside the new ones."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} is no folder, and cannot be made one: {error}") from error
     for name in WRITTEN:
         if (out / name).is_dir():
             shutil.rmtree(out / name)
@@ -274,7 +327,10 @@ def _clear(out: Path) -> None:
 
 
 def _step_of(checkpoint: Path) -> int:
-    return int(torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"])
+    try:
+        return int(torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"])
+    except (EOFError, RuntimeError, UnpicklingError) as error:
+        raise UserError(f"--resume: {checkpoint} cannot be read ({error!r}): start anew without --resume") from error
 
 
 def _rows_until(path: Path, step: int) -> list[dict[str, Any]]:

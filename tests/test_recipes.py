@@ -53,6 +53,18 @@ def run(tmp_path: Path) -> Iterator[Run]:
     torch.use_deterministic_algorithms(False)  # the trainer has set it
 
 
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a run tells while it goes on."""
+    lines: list[str] = []
+    monkeypatch.setattr(training, "rank_zero_info", lines.append)
+    return lines
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def rows(path: Path) -> list[dict[str, str]]:
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
@@ -102,7 +114,7 @@ def test_equal_seeds_give_equal_runs(run: Run, tmp_path: Path) -> None:
 
 
 def test_a_stopped_run_has_results_and_resumes_to_the_same_end(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unbroken = run("--penalty", "param", out="unbroken")
     set_epoch = images.EpochBatches.set_epoch
@@ -115,6 +127,7 @@ def test_a_stopped_run_has_results_and_resumes_to_the_same_end(
     with monkeypatch.context() as patch:
         patch.setattr(images.EpochBatches, "set_epoch", press_ctrl_c)
         stopped = run("--penalty", "param", out="stopped")
+    assert said[-1] == "Stopped early. Go on later with --resume."
     assert not stopped["completed"]
     assert stopped["epochs_done"] == 1
     assert (tmp_path / "stopped" / "bound.png").exists()
@@ -131,6 +144,83 @@ def test_a_validation_split_is_reported(run: Run) -> None:
 
 
 TINY = ("--dataset", "digits", "--hidden", "8", "--epochs", "1", "--probe-size", "4", "--accelerator", "cpu")
+
+
+def test_a_run_stopped_in_its_first_epoch_cannot_be_resumed(
+    run: Run, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def press_ctrl_c(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training.Classifier, "training_step", press_ctrl_c)
+    assert not run(small=TINY)["completed"]
+    assert said[-1] == "Stopped early. No epoch was finished to go on from."
+
+
+def test_a_finished_run_resumes_to_the_same_summary(run: Run) -> None:
+    odd = ("--val-size", "100", "--checks", "1", "--batch-size", "100")  # 14 steps: the last check is at the end alone
+    finished = run(*odd, small=TINY)
+    assert finished["val_accuracy"] is not None
+    assert without_clock(run(*odd, "--resume", small=TINY)) == without_clock(finished)
+
+
+def test_a_run_is_not_resumed_with_other_flags(run: Run, tmp_path: Path) -> None:
+    run("--penalty", "input", "--weight", "0.1", small=TINY)
+    before = contents(tmp_path)
+    for args, message in (
+        (
+            ("--weight", "1000", "--seed", "7"),
+            r"has --weight 0.1 --seed 0, got --weight 1000.0 --seed 7: give the flags",
+        ),
+        (("--weight", "0.1", "--epochs", "5"), r"has --epochs 1, got --epochs 5"),
+    ):
+        with pytest.raises(flags.UserError, match=message):
+            run("--penalty", "input", *args, "--resume", small=TINY)
+    assert contents(tmp_path) == before
+    elsewhere = ("--data-dir", str(tmp_path), "--accelerator", "auto")  # the same run
+    assert run("--penalty", "input", "--weight", "0.1", *elsewhere, "--resume", small=TINY)["epochs_done"] == 1
+
+
+def test_flags_that_a_recorded_run_did_not_have_had_their_defaults(tmp_path: Path) -> None:
+    (tmp_path / "hparams.yaml").write_text("dropout: 0.5")
+    (tmp_path / "last.ckpt").touch()
+    assert training._checkpoint(parse("--dropout", "0.5", "--resume"), tmp_path) == tmp_path / "last.ckpt"
+    with pytest.raises(flags.UserError, match=r"has --hidden 512,512, got --hidden 8"):
+        training._checkpoint(parse("--dropout", "0.5", "--hidden", "8", "--resume"), tmp_path)
+    (tmp_path / "hparams.yaml").unlink()
+    with pytest.raises(flags.UserError, match=r"the flags of the run under .* cannot be read"):
+        training._checkpoint(parse("--resume"), tmp_path)
+
+
+def test_a_resume_without_checkpoint_says_so(run: Run, tmp_path: Path, said: list[str]) -> None:
+    run("--resume", small=TINY)
+    assert said[0] == f"no checkpoint under {tmp_path / 'run'}: starting from the beginning"
+
+
+@pytest.mark.parametrize("damage", [b"", b"no checkpoint", b"PK"])
+def test_a_damaged_checkpoint_is_named(run: Run, tmp_path: Path, damage: bytes) -> None:
+    run(small=TINY)
+    (tmp_path / "run" / "last.ckpt").write_bytes(damage)
+    with pytest.raises(flags.UserError, match=r"last.ckpt cannot be read .*: start anew without --resume"):
+        run("--resume", small=TINY)
+
+
+def test_a_mistaken_flag_leaves_the_earlier_run_as_it_was(run: Run, tmp_path: Path) -> None:
+    run(small=TINY)
+    before = contents(tmp_path)
+    for args, message in (
+        (("--strategy", "foo"), r"--strategy foo .* is refused by Lightning: .* invalid strategy name"),
+        (("--devices", "0"), r"--devices 0 .* is refused by Lightning"),
+    ):
+        with pytest.raises(flags.UserError, match=message):
+            run(*args, small=TINY)
+    assert contents(tmp_path) == before
+
+
+def test_out_must_be_a_folder(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(flags.UserError, match=r"--out .*run is no folder, and cannot be made one"):
+        run(small=TINY)
 
 
 @pytest.mark.filterwarnings("ignore:no check of the inequality")
