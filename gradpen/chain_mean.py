@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gradpen._graph import save_rows, saved_rows
 from gradpen._layout import dot, row_sq_norms
-from gradpen._numerics import divide_or_zero, full_precision, is_at_hand, number_if_at_hand, sum_tensors
+from gradpen._numerics import divide_or_zero, full_precision, is_at_hand, number_if_at_hand
 from gradpen.chain_norms import (
     CANCELLED,
     DataLoss,
@@ -116,26 +116,26 @@ def with_known_gradient(
             for signed_step, weight in difference.moves:
                 moved = _moved(chain, gradient, difference.norm_of, inverse * signed_step, first)
                 cotangent = data_loss.cotangent.at(moved.output).value.detach()
-                displaced.append(_Displaced(place, weight, moved, cotangent))
+                displaced.append(_Displaced(place, weight, moved.hidden, deltas_of(moved, cotangent, ()).at))
     here = [difference.weight_here for difference in differences]
     output, value, *roots = _WithKnownGradient.apply(chain, data_loss, gradient, norms, here, displaced, *chain.leaves)
     return chain.output if output is None else as_own(output), as_own(value), list(roots)
 
 
 class _Displaced(NamedTuple):
-    """The layers with displaced parameters.
+    """What makes up the gradient where the parameters are displaced; they themselves are not kept.
 
     Attributes:
         place: of the norm in whose quotient it is.
         weight: of its gradient there.
-        chain: the layers.
-        cotangent: ∂f_i/∂output.
+        hidden: h_t, (B, n_{t−1}).
+        deltas: δ_t, (B, n_t).
     """
 
     place: int
     weight: float
-    chain: DenseChain
-    cotangent: Tensor
+    hidden: Sequence[Tensor]
+    deltas: Sequence[Tensor]
 
 
 def _first_layers(chain: DenseChain, delta: Tensor, differences: Sequence[Difference]) -> list[_FirstLayer | None]:
@@ -232,12 +232,12 @@ class _WithKnownGradient(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
         ctx.leaves, ctx.multiple, ctx.here = leaves, data_loss.multiple, here
-        ctx.between = [between.without_tensors() for between in chain.between]  # the same wherever the parameters are
+        ctx.between = [between.without_tensors() for between in chain.between]
         ctx.displaced = [(place, weight) for place, weight, _, _ in displaced]
         output = None if chain.output.requires_grad else chain.output.detach()
-        rows = [*gradient, norms, [cotangent for *_, cotangent in displaced]]
-        for moved in [moved for _, _, moved, _ in displaced]:
-            rows += moved.rows
+        rows = [*gradient, norms]
+        for _, _, hidden, deltas in displaced:
+            rows += [hidden, deltas]
         if output is not None:
             rows += chain.rows
         save_rows(ctx, rows)
@@ -249,11 +249,8 @@ class _WithKnownGradient(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         rows = saved_rows(ctx)
         gradient = _MeanGradient(*islice(rows, 3))
-        norms, cotangents = islice(rows, 2)
-        displaced = [
-            _Displaced(place, weight, DenseChain.of_rows(rows, ctx.between), cotangent)
-            for (place, weight), cotangent in zip(ctx.displaced, cotangents, strict=True)
-        ]
+        norms = next(rows)
+        displaced = [_Displaced(place, weight, *islice(rows, 2)) for place, weight in ctx.displaced]
         found = None
         with full_precision(ctx.leaves[0].device):
             if of_value is not None or any(of_norm is not None for of_norm in of_norms):
@@ -286,11 +283,7 @@ def _combined(
     ]
     scale = 0.0 if of_value is None else number_if_at_hand(of_value) * multiple
     scale += sum(of_norm * weight for of_norm, weight in zip(wanted, here, strict=True) if of_norm is not None)
-    there = [
-        (chain, cotangent * (of_norm * weight))
-        for place, weight, chain, cotangent in displaced
-        if (of_norm := wanted[place]) is not None
-    ]
+    there = [(of_norm * one.weight, one) for one in displaced if (of_norm := wanted[one.place]) is not None]
     return _weighted(gradient, scale, there)
 
 
@@ -303,29 +296,41 @@ def _where_positive(norm: Tensor, of_norm: Tensor) -> float | Tensor | None:
 
 
 def _weighted(
-    gradient: _MeanGradient, factor: float | Tensor, there: Sequence[tuple[DenseChain, Tensor]]
+    gradient: _MeanGradient, factor: float | Tensor, there: Sequence[tuple[float | Tensor, _Displaced]]
 ) -> list[Tensor]:
-    """factor · gradient + Σ ∇ mean_i f_i of other chains, whose ∂f_i/∂output are given; weights first, then biases."""
-    others = [(chain.hidden, deltas_of(chain, cotangent, ()).at) for chain, cotangent in there]
+    """factor · gradient + Σ scale · gradient of what is displaced; weights first, then biases."""
     weights, biases = [], []
     for t, (weight, bias) in enumerate(zip(gradient.weights, gradient.biases, strict=True)):
+        pairs = [(scale, one.deltas[t], one.hidden[t]) for scale, one in there]
         if weight is None:  # x is the same everywhere: the sum is made before the product
             delta, x = gradient.first
-            weights.append(mean_product(sum_tensors([delta * factor, *[deltas[t] for _, deltas in others]]), x))
+            weights.append(mean_product(_sum_of_rows(delta * factor, pairs), x))
         else:
-            weights.append(_plus_products(torch.addmm, weight, factor, [(deltas[t], h[t]) for h, deltas in others]))
+            weights.append(_plus_products(torch.addmm, weight, factor, pairs))
         if bias is not None:
-            ones = bias.new_ones(len(others[0][1][t])) if others else bias
-            biases.append(_plus_products(torch.addmv, bias, factor, [(deltas[t], ones) for _, deltas in others]))
+            ones = bias.new_ones(len(pairs[0][1])) if pairs else bias
+            sums = [(scale, delta, ones) for scale, delta, _ in pairs]
+            biases.append(_plus_products(torch.addmv, bias, factor, sums))
     return weights + biases
 
 
+def _sum_of_rows(rows: Tensor, pairs: Sequence[tuple[float | Tensor, Tensor, Tensor]]) -> Tensor:
+    for scale, delta, _ in pairs:
+        rows = _plus(rows, delta, scale)
+    return rows
+
+
 def _plus_products(
-    plus: Callable[..., Tensor], known: Tensor, factor: float | Tensor, pairs: Sequence[tuple[Tensor, Tensor]]
+    plus: Callable[..., Tensor],
+    known: Tensor,
+    factor: float | Tensor,
+    pairs: Sequence[tuple[float | Tensor, Tensor, Tensor]],
 ) -> Tensor:
-    """factor · known + Σ mean_i δ_i h_iᵀ, the sum made within the products, for matrices or vectors h."""
+    """factor · known + Σ scale · mean_i δ_i h_iᵀ, the sum made within the products, for matrices or vectors h."""
     if isinstance(factor, Tensor) or not pairs:
         known, factor = known if isinstance(factor, float) and factor == 1 else known * factor, 1.0
-    for delta, h in pairs:
-        known, factor = plus(known, delta.t(), h, beta=factor, alpha=1 / len(delta)), 1.0
+    for scale, delta, h in pairs:
+        if isinstance(scale, Tensor):
+            delta, scale = delta * scale, 1.0
+        known, factor = plus(known, delta.t(), h, beta=factor, alpha=scale / len(delta)), 1.0
     return known

@@ -89,7 +89,8 @@ def mean_gradients(
 
 
 def _mean_row(delta: Tensor) -> Tensor:
-    return delta.sum(0) * (1 / delta.shape[0])
+    """mean_i δ_i, as a product, which is quicker."""
+    return torch.mv(delta.t(), delta.new_full(delta.shape[:1], 1 / delta.shape[0]))
 
 
 def mean_product(delta: Tensor, h: Tensor) -> Tensor:
