@@ -379,6 +379,21 @@ def test_gradients_that_cancel_in_a_difference(share):
         assert (a - b).norm() <= (1e-3 if share > 1e-3 else 0.1) * b.norm()
 
 
+def test_products_between_samples_that_overflow():
+    """x · x does, in float32, but not the gradient δ xᵀ, as δ is small."""
+    model, x = nn.Sequential(nn.Linear(50, 40), nn.Linear(40, 2)), torch.rand(1, 50)
+    options = {"over": "batch", "method": "finite_difference", "squared": False}
+    penalty = ParamGradPenalty(0.1, parameters=["0.weight"], **options)
+
+    def tiny(output: Tensor, target: Tensor) -> Tensor:
+        return output[:, 0] * 1e-20
+
+    found = PenalizedLoss(tiny, penalty)(model, 1e20 * x, x).penalties["param"]
+    expected = PenalizedLoss(tiny, penalty)(model.double(), 1e20 * x.double(), x).penalties["param"]
+    assert expected > 0
+    assert found.item() == pytest.approx(expected.item(), rel=1e-3)
+
+
 # ---- the data loss --------------------------------------------------------------------------------------------------
 
 
