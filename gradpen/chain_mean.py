@@ -1,8 +1,8 @@
 r"""The mean of the f_i of a chain of dense layers with its gradient, and finite differences of it.
 
-`finite_difference` says what is computed. Here a difference costs two forward and two backward passes of the layers and one
-move of the parameters: the gradient at θ is added to that at θ + r u within the products of the latter, and that of W_1,
-where x is the same, before the only product. Then G_1 at θ is never formed, if products between samples tell the rest.
+`finite_difference` says what is computed. Here a forward difference costs two forward and two backward passes of the layers
+and one move of the parameters: the gradient at θ is added to that at θ + r u within the products of the latter, and that of
+W_1, where x is the same, before the only product. Then G_1 at θ is never formed, if products between samples tell the rest.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from comparison.records import Records, made_folder
 from comparison.report import publish, write_report
 from comparison.runs import find_data
 from comparison.sweep import run_grid
-from flags import UserError, run_recipe
+from flags import CTRL_C, UserError, run_recipe
 
 
 @dataclass(kw_only=True)
@@ -69,7 +69,9 @@ def main(settings: CompareSettings) -> Path | None:
     try:
         return compare(settings, out)
     except KeyboardInterrupt:
-        sys.exit(f"Stopped. The records of runs that have ended are kept in {out}, and the same command goes on.")
+        how = f"The records of runs that have ended are kept in {out}, and the same command goes on."
+        print(f"Stopped. {how}", file=sys.stderr)
+        sys.exit(CTRL_C)
 
 
 def compare(settings: CompareSettings, out: Path) -> Path | None:

@@ -69,7 +69,7 @@ class Settings:
         precision: 32-true, 64-true, 16-mixed or bf16-mixed.
         data_dir: where the data is, or is downloaded to.
         out: folder for the results. Default: runs/<dataset>-<penalty>-s<seed>.
-        resume: go on from the last finished epoch that lies under --out, with the same flags.
+        resume: go on from the last finished epoch that lies under --out, with the flags that it was trained with.
     """
 
     dataset: str = "auto"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
+from files import finite
 from gradpen import PenalizedLoss
 from gradpen.callbacks import InequalityMonitor
 from gradpen.history import Row
@@ -109,12 +111,12 @@ def table(summary: Summary, out: Path) -> str:
     figure = ", bound.png" if summary["checks_made"] else ""
     rows = [
         ("data", summary["dataset_name"]),
-        *([("diverged", "outputs or gradients of the trained network are no numbers")] if summary["diverged"] else []),
+        *([("diverged", "the trained network's outputs or gradients are no numbers")] if summary["diverged"] else []),
         ("test accuracy", f"{summary['test_accuracy']:.2%}"),
         *([("validation accuracy", f"{summary['val_accuracy']:.2%}")] if summary["val_accuracy"] is not None else []),
         ("train − test gap", f"{100 * gap:.2f} points (train {summary['train_accuracy']:.2%})"),
         ("tightness of the bound", _tightness(summary)),
-        *((f"  layer {name}", f"{value:.3f}") for name, value in summary["tightness_by_layer"].items()),
+        *((f"  layer {name}", _three_digits(value)) for name, value in summary["tightness_by_layer"].items()),
         ("violations", f"{summary['violations']} in {summary['checks_made']} checks"),
         ("penalty's cost", f"{summary['penalty_cost']:.2f} × a plain forward and backward pass"),
         ("training time", f"{summary['seconds']:.1f} s for {summary['epochs_done']} epochs{done}, checks included"),
@@ -128,7 +130,12 @@ def table(summary: Summary, out: Path) -> str:
 def _tightness(summary: Summary) -> str:
     if summary["tightness"] is None:
         return "no check at the end"
-    return f"{summary['tightness']:.3f} (from {summary['tightness_min']:.3f} to {summary['tightness_max']:.3f})"
+    mean, low, high = (_three_digits(summary[name]) for name in ("tightness", "tightness_min", "tightness_max"))
+    return f"{mean} (from {low} to {high})"
+
+
+def _three_digits(tightness: float) -> str:
+    return "undefined" if math.isnan(tightness) else f"{tightness:.3f}"
 
 
 def write_results(out: Path, summary: Summary, monitor: InequalityMonitor) -> None:
@@ -137,5 +144,5 @@ def write_results(out: Path, summary: Summary, monitor: InequalityMonitor) -> No
     monitor.to_csv(out / "bound.csv")
     if monitor.history:
         monitor.plot(title(summary)).savefig(out / "bound.png", dpi=150)
-    plain = {name: None if value != value else value for name, value in summary.items()}  # JSON has no NaN
-    (out / "summary.json").write_text(json.dumps(plain, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    described = json.dumps(finite(summary), indent=2, ensure_ascii=False, allow_nan=False)
+    (out / "summary.json").write_text(described + "\n", encoding="utf-8")

@@ -390,7 +390,9 @@ class Interrupted:
     def shutdown(self, **_: Any) -> None: ...
 
 
-def test_ctrl_c_ends_a_sweep_and_its_workers_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_ends_a_sweep_and_its_workers_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     class Worker:
         running = True
 
@@ -403,8 +405,10 @@ def test_ctrl_c_ends_a_sweep_and_its_workers_in_one_line(tmp_path: Path, monkeyp
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     file = tmp_path / "tiny.yaml"
     file.write_text(yaml.safe_dump(TINY))
-    with pytest.raises(SystemExit, match=r"^Stopped\. The records .* are kept in .*, and the same command goes on\.$"):
+    with pytest.raises(SystemExit, match=r"^130$"):
         compare.main(compare.CompareSettings(grid=str(file), jobs=2, out=str(tmp_path / "out")))
+    lines = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"Stopped\. The records .* are kept in .*, and the same command goes on\.", lines[-1])
     assert not any(worker.running for worker in workers)
     assert signal.getsignal(signal.SIGINT) == handler
 
@@ -553,6 +557,13 @@ def test_the_grids_in_the_repository_are_whole(path: Path) -> None:
         ({"sweeps": [{"question": 5, "seeds": [1, 1]}]}, "seeds of a sweep must be different"),
         ({"sweeps": [{"question": 5, "seeds": [1], "vary": {"init": "he"}}]}, "init in vary of a sweep must be a list"),
         ({"sweeps": [{"question": 5, "seeds": [1], "cases": []}]}, "cases of a sweep must be a list that is not empty"),
+        ({"sweeps": [{"question": 6, "seeds": [1], "cases": [{"lr": 0.1}, {"lr": 0.1}]}]}, "which would count twice"),
+        ({"sweeps": [{"question": 6, "seeds": [1]}] * 2}, "which would count twice"),
+        (
+            {"sweeps": [{"question": 6, "seeds": [1], "vary": {"seed": [3, 4]}}]},
+            r"vary of a sweep may have no seed, got \[3, 4\]",
+        ),
+        ({"methods": {"none": {}, "a": {"seed": 7}}}, "method a may have no seed, got 7: give seeds"),
     ],
 )
 def test_mistakes_in_a_grid_are_named_before_anything_runs(changes: dict[str, Any], message: str) -> None:
@@ -735,6 +746,7 @@ def test_intervals_are_student_s() -> None:
     ratio = intervals.paired_ratio({1: 2.0, 2: 8.0, 3: 0.0}, {1: 1.0, 2: 1.0, 3: 1.0})
     assert ratio is not None
     assert ratio.exp()[0] == pytest.approx(4.0)
+    assert intervals.Interval(0.0, 1000.0, 2).exp() == (1.0, 0.0, math.inf)
 
 
 @pytest.mark.parametrize("scheme", ["he", "xavier", "orthogonal"])

@@ -234,6 +234,26 @@ def test_a_run_that_diverged_says_so(run: Run, capsys: pytest.CaptureFixture) ->
     assert "no check at the end" in printed
 
 
+def test_a_run_whose_units_are_dead_has_a_summary(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "mlp", lambda *args, **sizes: models.mlp(*args, **sizes).apply(nothing_alive))
+    summary = run("--lr", "0", small=TINY)
+    assert not summary["diverged"]
+    assert "undefined" in capsys.readouterr().out
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    text = (tmp_path / "run" / "summary.json").read_text(encoding="utf-8")
+    assert None in json.loads(text, parse_constant=refuse)["tightness_by_layer"].values()
+
+
+def nothing_alive(module: torch.nn.Module) -> None:
+    for parameter in module.parameters(recurse=False):
+        torch.nn.init.constant_(parameter, -1.0 if parameter.dim() == 1 else 0.0)
+
+
 @pytest.mark.filterwarnings("ignore:no check of the inequality")
 def test_a_run_without_any_check_has_results(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "mlp", lambda *args, **sizes: models.mlp(*args, **sizes).apply(no_numbers))

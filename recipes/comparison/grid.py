@@ -82,10 +82,12 @@ class Sweep:
             raise UserError(f"question of a sweep must be {' or '.join(map(str, SWEPT))}, got {self.question!r}: the others "
                             "are answered by tasks and methods")  # fmt: skip
         shapes.seeds("seeds of a sweep", self.seeds)
-        shapes.mapping("settings of a sweep", self.settings)
-        for name, values in shapes.mapping("vary of a sweep", self.vary).items():
+        _check_no_seed("settings of a sweep", shapes.mapping("settings of a sweep", self.settings))
+        _check_no_seed("vary of a sweep", shapes.mapping("vary of a sweep", self.vary))
+        for name, values in self.vary.items():
             shapes.items(f"{name} in vary of a sweep", values)
-        shapes.mappings("cases of a sweep", self.cases)
+        for case in shapes.mappings("cases of a sweep", self.cases):
+            _check_no_seed("a case of a sweep", case)
 
     def all_cases(self) -> list[dict[str, Any]]:
         """The listed cases, each with every combination of what varies."""
@@ -123,7 +125,9 @@ class Grid:
             shapes.items("only of a task", task.get("only", [BASELINE]))
             _check_candidates("a task", task)
             _check_methods("methods of a task", task.get("methods", {}))
-            merged = {**self.settings, **task, **shapes.mapping("report of a task", task.get("report", {}))}
+            report = shapes.mapping("report of a task", task.get("report", {}))
+            _check_no_seed("report of a task", report)
+            merged = {**self.settings, **task, **report}
             for name in ONE_VALUE:
                 if isinstance(merged.get(name), (list, Mapping)):
                     raise UserError(f"{name} of a task must be one value, got {merged[name]}: write a task for each")
@@ -161,7 +165,8 @@ class Grid:
                     raise UserError(f"method {name!r} is like {self.methods[name]['like']!r}, which only must name too")
 
     def _check_runs(self) -> None:
-        """Every run must have settings that its recipe takes."""
+        """Every run must have settings that its recipe takes, and count once."""
+        swept: set[tuple[int, str]] = set()
         for planned in self.every_run():
             where = f"{planned.task}, {planned.method or 'its only case'}"
             try:
@@ -170,6 +175,10 @@ class Grid:
                 raise UserError(f"{where}: {error}") from None
             if planned.stage == "choose" and not settings.val_size:
                 raise UserError(f"{where}: there are candidates to choose from, give val_size in the settings")
+            if planned.stage == "sweep" and (planned.question, planned.run.key) in swept:
+                raise UserError(f"{where}, seed {planned.seed}: another case is the same run, which would count twice")
+            if planned.stage == "sweep":
+                swept.add((planned.question, planned.run.key))
 
     def every_run(self, records: Records | None = None) -> Iterator[Planned]:
         """All runs but those of matched compute, with what the records choose so far, or the first candidate."""
@@ -268,9 +277,15 @@ def _check_methods(what: str, methods: Any) -> None:
 
 
 def _check_candidates(what: str, settings: Values) -> None:
+    _check_no_seed(what, settings)
     for name, value in settings.items():
         if isinstance(value, list) and name not in NOT_FLAGS:
             shapes.items(f"{name} of {what}", value)
+
+
+def _check_no_seed(what: str, settings: Values) -> None:
+    if "seed" in settings:
+        raise UserError(f"{what} may have no seed, got {settings['seed']}: give seeds of the grid or of a sweep")
 
 
 def _planned(settings: Values, seed: int, stage: str, task: str, method: str, question: int = 0) -> Planned:

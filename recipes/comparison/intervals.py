@@ -32,8 +32,16 @@ class Interval:
 
     def exp(self) -> tuple[float, float | None, float | None]:
         """Geometric mean and the ends of its interval, of an interval of logarithms."""
-        ends = (None, None) if self.half is None else (math.exp(self.mean - self.half), math.exp(self.mean + self.half))
-        return math.exp(self.mean), *ends
+        ends = (None, None) if self.half is None else (_exp(self.mean - self.half), _exp(self.mean + self.half))
+        return _exp(self.mean), *ends
+
+
+def _exp(logarithm: float) -> float:
+    """Its exponential, infinity where that is no number any more."""
+    try:
+        return math.exp(logarithm)
+    except OverflowError:
+        return math.inf
 
 
 def interval(values: Sequence[float]) -> Interval | None:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import warnings
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
 from comparison.runs import Record, Run
-from files import PART, written_whole
+from files import PART, finite, written_whole
 from flags import UserError
 
 PARTS = {"key", "status", "result", "history"}  # of a record, beside what was set
@@ -89,14 +87,3 @@ def made_folder(folder: Path) -> Path:
 def as_json(record: Record) -> str:
     """A record as it is kept."""
     return json.dumps(finite(record), ensure_ascii=False, allow_nan=False)
-
-
-def finite(value: Any) -> Any:
-    """The same with None for numbers that JSON does not have."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(name): finite(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return value
