@@ -35,9 +35,10 @@ class Criterion:
             self.reduction in ("mean", "sum") and self._is(_MEANS | _WEIGHTED_MEANS)
         )
 
-    def is_of(self, source: Callable[..., Tensor]) -> bool:
-        """Whether this is what `source` is taken apart into, which may have been changed since."""
-        return source is self.source and (not isinstance(source, nn.Module) or _reduction_of(source) == self.reduction)
+    def renewed(self, source: Callable[..., Tensor]) -> Criterion:
+        """What `source` is taken apart into now: this, unless it is another criterion or has another reduction by now."""
+        same = source is self.source and (not isinstance(source, nn.Module) or _reduction_of(source) == self.reduction)
+        return self if same else as_criterion(source)
 
     @property
     def _divides_by_weights(self) -> bool:

@@ -78,8 +78,8 @@ def input_norm(
         given = float_tensors(x)  # as the user gave them: no gradient flows where none was asked for
         moved = iter([tensor + signed_step * u for tensor, u in zip(given, directions, strict=True)])
         with replay():
-            found: Tensor = call_with(model, {}, map_floats(x, lambda _: next(moved)), buffers, scalar)
-            return found
+            value: Tensor = call_with(model, {}, map_floats(x, lambda _: next(moved)), buffers, scalar)
+            return value
 
     return _norm_with_gradient(norm, _difference_quotient(displaced, f, scheme, step))
 

@@ -323,9 +323,9 @@ def _split_of(args: tuple[Any, ...], split: str | None) -> tuple[tuple[Any, ...]
 
 def _geometric_complexity_update(model: nn.Module, x: Any) -> tuple[Tensor, Tensor]:
     """Sum of ‖∇_x F(x_i)‖_F² over a batch, and B."""
-    term = (InputTerm(of="output"), as_criterion(F.cross_entropy))
+    asked = [(InputTerm(of="output"), as_criterion(F.cross_entropy))]  # the criterion is not looked at
     with untouched(model):
-        output, (found,), _ = evaluate_terms(model, outside_inference(x), None, [term], create_graph=False)
+        output, (found,), _ = evaluate_terms(model, outside_inference(x), None, asked, create_graph=False)
     is_number = output.detach().isfinite().reshape(len(output), -1).all(1)  # the gradient of a NaN may be a number
     values = found.sq_norms.where(is_number, torch.nan)
     return values.sum(), torch.tensor(len(values), device=values.device)

@@ -265,18 +265,18 @@ def _mapped_sq_norm(
             mapped = run_mapped(model, x, scalar, parameters, batch_size, group_size, rng.replayed)
             known = settled and key in _same_values.get(model, ())
             obstacle = find_obstacle(f, mapped, parameters, same_values=known)
-            sq_norm = f if obstacle else mapped.sq_norm(create_graph)  # checkpoints run the model again
+            if not obstacle:
+                sq_norm = mapped.sq_norm(create_graph)  # may fail, too: checkpoints run the model again
+                _same_values.setdefault(model, set()).add(key)
+                return sq_norm
     except (RuntimeError, ValueError) as error:  # ValueError: outputs of a type that vmap does not know
         obstacle = f"torch.func.vmap cannot run the model: {_first_line(error)}"
-    if obstacle:
-        check_rows_apart(model, x, batch_size, scalar, list(parameters), rng)
-        warnings.warn(
-            f"the gradients of {', '.join(parameters)} are computed one sample at a time, which is slow, because {obstacle}",
-            stacklevel=2,
-        )
-        return _looped_sq_norm(f, list(parameters.values()), group_size, create_graph)
-    _same_values.setdefault(model, set()).add(key)
-    return sq_norm
+    check_rows_apart(model, x, batch_size, scalar, list(parameters), rng)
+    warnings.warn(
+        f"the gradients of {', '.join(parameters)} are computed one sample at a time, which is slow, because {obstacle}",
+        stacklevel=2,
+    )
+    return _looped_sq_norm(f, list(parameters.values()), group_size, create_graph)
 
 
 # models whose second forward pass has been compared with the first: comparing makes the host wait for the device

@@ -65,10 +65,7 @@ class GradPenalty(nn.Module):
 
     def taken_apart(self) -> Criterion:
         """The criterion as it is now."""
-        source = F.cross_entropy if self.criterion is None else self.criterion
-        if not self._criterion.is_of(source):
-            self._criterion = as_criterion(source)
-        return self._criterion
+        return self._criterion.renewed(F.cross_entropy if self.criterion is None else self.criterion)
 
     def advance(self, model: nn.Module) -> float | None:
         """Count one call; what R is to be multiplied by now, or None on a step that is left out.
@@ -345,9 +342,7 @@ class PenalizedLoss(nn.Module):
         """
         _checks.check_model(model)
         penalties = [penalty for penalty in self.penalties if isinstance(penalty, GradPenalty)]
-        if not self._criterion.is_of(self.criterion):
-            self._criterion = as_criterion(self.criterion)
-        criterion = self._criterion
+        criterion = self._criterion.renewed(self.criterion)
         factors = [penalty.advance(model) for penalty in penalties]
         due = [(penalty, factor) for penalty, factor in zip(penalties, factors, strict=True) if factor is not None]
         terms = [

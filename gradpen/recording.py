@@ -225,7 +225,7 @@ def _at_all_places(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str,
     found = dict(tensors)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if name in tensors:
-            found |= dict.fromkeys(places[id(tensor)], tensors[name])
+            found |= dict.fromkeys(places.get(id(tensor), ()), tensors[name])
     return found
 
 

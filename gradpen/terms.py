@@ -159,7 +159,9 @@ def select_parameters(model: nn.Module, which: ParameterFilter | None) -> dict[s
             return bool(which(name, p))
         return any(fnmatch(name, pattern) for pattern in which)
 
-    chosen = {name: p for name, p in trainable.items() if any(counts(alias, p) for alias in {name, *names[id(p)]})}
+    chosen = {
+        name: p for name, p in trainable.items() if any(counts(alias, p) for alias in {name, *names.get(id(p), ())})
+    }
     if not chosen:
         raise ValueError(f"parameters={which!r} selects none of {', '.join(trainable)}")
     return chosen

@@ -126,6 +126,31 @@ def test_parameters_that_are_functions_of_others(over, number):
         norms(method="finite_difference")
 
 
+class Listing(nn.Module):
+    """Names its parameters itself, as wrappers do, and counts one that torch does not find."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.others = nn.Linear(4, 3), [nn.Linear(4, 4)]
+
+    def named_parameters(self, prefix="", recurse=True):
+        yield from super().named_parameters(prefix, recurse)
+        yield "hidden.weight", self.others[0].weight
+
+    def forward(self, x):
+        return self.layer(self.others[0](x).tanh())
+
+
+@pytest.mark.parametrize("pattern", [["hidden.*"], ["layer.*"]])
+def test_a_model_may_name_its_parameters_itself(pattern):
+    model, (_, x, y, _) = Listing().double(), cases.find("tanh").problem()
+    model.others[0].double()
+    found = param_grad_sq_norm(model, x, y, over="batch", parameters=pattern)
+    which = [model.others[0].weight] if pattern == ["hidden.*"] else list(model.layer.parameters())
+    gradients = torch.autograd.grad(F.cross_entropy(model(x), y), which)
+    ref.assert_close(found, sum(g.square().sum() for g in gradients).reshape(1), 1e-12)
+
+
 class Leaving(nn.Module):
     """Keeps what its forward pass came by, as mixtures of experts keep their balance loss."""
 

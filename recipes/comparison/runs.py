@@ -253,7 +253,7 @@ def fit(
             accelerator="cpu",
             max_epochs=settings.epochs,
             callbacks=[StopAtDivergence(), *([monitor] if monitor else [])],
-            precision=settings.precision,  # type: ignore[arg-type]  # Lightning checks it
+            precision=settings.precision,  # type: ignore[arg-type]  # one of flags.PRECISIONS
             deterministic="warn",
             logger=False,
             enable_checkpointing=False,
