@@ -75,6 +75,13 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     return torch.dot(a.flatten(), b.flatten())
 
 
+def stacked_row_sq_norms(layers: Sequence[Tensor]) -> Tensor:
+    """`row_sq_norms` of the rows of several layers, squared together: (layers, B)."""
+    if any(lies_by_feature(rows) for rows in layers):
+        return torch.stack([row_sq_norms(rows) for rows in layers])
+    return torch.stack([torch.linalg.vector_norm(rows, dim=1) for rows in layers]).square_()
+
+
 def row_sq_norms(rows: Tensor) -> Tensor:
     """‖·‖² of every row in as few passes as the layout allows, not to be differentiated: (B,)."""
     if lies_by_feature(rows):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from gradpen._graph import save_rows, saved_rows
-from gradpen._layout import dot, lies_by_feature, plus_times, row_sq_norms, times
+from gradpen._layout import dot, lies_by_feature, plus_times, row_sq_norms, stacked_row_sq_norms, times
 from gradpen._numerics import full_precision, is_at_hand, is_batched, row_sq_norm, total_sq_norm
 from gradpen.cotangents import Cotangent, OfScalar
 from gradpen.dense_chain import DenseChain, may_overwrite
@@ -84,13 +84,14 @@ def mean_gradients(
     """∇ mean_i f_i of every weight, of W_1 only if asked for, and of every bias that there is."""
     pairs = zip(deltas.at, chain.hidden, strict=True)
     weights = [mean_product(delta, h) if with_first or t > 0 else None for t, (delta, h) in enumerate(pairs)]
-    biases = [None if bias is None else _mean_row(delta) for delta, bias in zip(deltas.at, chain.biases, strict=True)]
-    return weights, biases
+    return weights, _mean_rows(deltas.at, [bias is not None for bias in chain.biases])
 
 
-def _mean_row(delta: Tensor) -> Tensor:
-    """mean_i δ_i, as a product, which is quicker."""
-    return torch.mv(delta.t(), delta.new_full(delta.shape[:1], 1 / delta.shape[0]))
+def _mean_rows(deltas: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+    """mean_i δ_i of every layer where it is wanted, as products, which is quicker."""
+    size = len(deltas[0])
+    shares = deltas[0].new_full((size,), 1 / size)
+    return [torch.mv(delta.t(), shares) if is_wanted else None for delta, is_wanted in zip(deltas, wanted, strict=True)]
 
 
 def mean_product(delta: Tensor, h: Tensor) -> Tensor:
@@ -120,13 +121,12 @@ def _factors(chain: DenseChain, deltas: Deltas, norm: NormOf) -> tuple[Row, ...]
         sizes, squares = _sizes_and_squares(chain, deltas, norm)
         return (sizes,), (squares,)
     if norm.what == "batch":
-        weights, biases, products = [], [], []
+        weights, products = [], []
         for t, (delta, h) in enumerate(zip(deltas.at, chain.hidden, strict=True)):
             by_products = norm.weights[t] and _by_products(delta, h, t)
             weights.append(mean_product(delta, h) if norm.weights[t] and not by_products else None)
-            biases.append(_mean_row(delta) if norm.biases[t] else None)
             products.append(mean_of_products(h, delta) if by_products else None)
-        return tuple(weights), tuple(biases), tuple(products)
+        return tuple(weights), tuple(_mean_rows(deltas.at, norm.biases)), tuple(products)
     return ()
 
 
@@ -147,13 +147,21 @@ def _by_products(delta: Tensor, h: Tensor, t: int) -> bool:
 
 def _sizes_and_squares(chain: DenseChain, deltas: Deltas, norm: NormOf) -> tuple[Tensor, Tensor]:
     """1 + ‖h_t‖², or what of it belongs to a weight or a bias that counts, and ‖δ_t‖²: (n, B)."""
-    nothing = deltas.at[0].new_zeros(deltas.at[0].shape[0])
-    sizes = [_row_sq_norm(h) if counts else nothing for h, counts in zip(chain.hidden, norm.weights, strict=True)]
-    if not all(norm.biases):
-        sizes = [size + 1 if counts else size for size, counts in zip(sizes, norm.biases, strict=True)]
+    sizes = _counted_sq_norms(chain.hidden, norm.weights)
+    if all(norm.biases):
+        return sizes + 1, _counted_sq_norms(deltas.at, norm.biases)
+    with_biases = [size + 1 if counts else size for size, counts in zip(sizes, norm.biases, strict=True)]
     counted = [weight or bias for weight, bias in zip(norm.weights, norm.biases, strict=True)]
-    squares = [_row_sq_norm(delta) if counts else nothing for delta, counts in zip(deltas.at, counted, strict=True)]
-    return torch.stack(sizes) + 1 if all(norm.biases) else torch.stack(sizes), torch.stack(squares)
+    return torch.stack(with_biases), _counted_sq_norms(deltas.at, counted)
+
+
+def _counted_sq_norms(layers: Sequence[Tensor], counted: Sequence[bool]) -> Tensor:
+    """‖·‖² of the rows of every layer that counts, and 0 for the others: (n, B)."""
+    if all(counted) and not torch.is_grad_enabled():
+        return stacked_row_sq_norms(layers)
+    nothing = layers[0].new_zeros(len(layers[0]))
+    each = zip(layers, counted, strict=True)
+    return torch.stack([_row_sq_norm(rows) if counts else nothing for rows, counts in each])
 
 
 def _row_sq_norm(tensor: Tensor) -> Tensor:
@@ -288,7 +296,8 @@ class _Chain(torch.autograd.Function):
                 _sq_norm(chain, deltas, norm, its_factors) for norm, its_factors in zip(norms, factors, strict=True)
             ]
         save_rows(ctx, rows)
-        return chain.output.detach(), None if data_loss is None else data_loss.value, *found
+        value = None if data_loss is None else data_loss.value.clone()  # what this node refers to must not refer to it
+        return chain.output.detach(), value, *found
 
     @staticmethod
     def backward(

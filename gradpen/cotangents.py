@@ -98,10 +98,8 @@ class OfCrossEntropy:
             self._log_softmax = torch.log_softmax(output, 1)
             # the loss looks whether all targets are classes; its derivative writes wherever they point
             self._mean_and_count = self._loss(_MEAN)
-            ones = self._log_softmax.new_ones(output.shape[0])
-            self._minus_one_hot = _nll_loss_backward(
-                ones, self._log_softmax, function.target, None, _UNREDUCED, IGNORED, ones[0]
-            )
+            one = self._log_softmax.new_ones(())
+            self._minus_one_hot = _nll_loss_backward(one, self._log_softmax, function.target, None, _SUM, IGNORED, one)
             self.value = torch._log_softmax_backward_data(self._minus_one_hot, self._log_softmax, 1, output.dtype)
 
     @cached_property
@@ -117,7 +115,6 @@ class OfCrossEntropy:
         if reduction == "sum":
             return self._loss(_SUM)[0], float(size)
         loss, count = self._mean_and_count
-        loss = loss.clone()  # it becomes part of a graph that holds this object
         known = number_if_at_hand(count)
         return loss, size / (max(known, 1.0) if isinstance(known, float) else known.clamp(min=1))
 

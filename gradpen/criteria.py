@@ -154,7 +154,7 @@ class Scalar:
     function: Callable[[Any, Any], Tensor]
     target: Any
 
-    def is_cross_entropy_at(self, output: Tensor) -> bool:
+    def is_cross_entropy(self) -> bool:
         """Whether f_i is F.cross_entropy of one class a sample, without weights or smoothing."""
         criterion, target = getattr(self.function, "__self__", None), self.target
         return (
@@ -163,9 +163,11 @@ class Scalar:
             and isinstance(target, Tensor)
             and target.dtype == torch.int64
             and target.dim() == 1
-            and output.dim() == 2
-            and 0 < output.shape[0] == target.shape[0]
         )
+
+    def is_cross_entropy_at(self, output: Tensor) -> bool:
+        """Whether it is, and the output has one row of scores for every target."""
+        return self.is_cross_entropy() and output.dim() == 2 and 0 < output.shape[0] == self.target.shape[0]
 
     def __call__(self, output: Any) -> Tensor:
         """f of shape (B,)."""

@@ -179,7 +179,8 @@ def evaluate_terms(
 
     perhaps_chain = chain_terms.have_formulas(requests, first_order=first_order) and not _is_foreign(model, requests)
     if perhaps_chain:
-        rng = RngState.capture(torch_alone=True)
+        foreseen = all(request.function.is_cross_entropy() for request in requests)  # no random numbers but dropout's
+        before = None if foreseen else RngState.capture(torch_alone=True)
         chain = run_chain(model, x, keep_first=first_order and create_graph)
         if chain is not None:
             evaluation = by_formulas(chain)
@@ -187,7 +188,8 @@ def evaluate_terms(
                 return evaluation
             _foreign.setdefault(model, set()).update(_codes(requests))
             perhaps_chain = False
-            rng.restore()
+            if before is not None:
+                before.restore()
     kinds = [term for term, _ in terms]
     parameters = check_call(model, kinds)
     requests = [request._replace(parameters=chosen) for request, chosen in zip(requests, parameters, strict=True)]

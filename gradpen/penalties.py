@@ -77,17 +77,18 @@ class GradPenalty(nn.Module):
         """
         if torch.compiler.is_compiling():
             return _traced().advance(self, model.training)
-        return self.advance_by_one(model.training)
+        factor = self.factor_now(model.training)
+        if model.training:
+            vars(self)["num_calls"] += 1  # setting an attribute of a module takes as long as a small kernel
+        return factor
 
-    def advance_by_one(self, training: bool) -> float | None:
-        """`advance`, given the mode that the model is in."""
+    def factor_now(self, training: bool) -> float | None:
+        """What `advance` returns, given the mode that the model is in."""
         weight = self.weight(self.num_calls) if callable(self.weight) else self.weight
         _checks.check_weight(weight)
         if not training:
             return weight
-        due = self.num_calls % self.every_n_steps == 0
-        self.num_calls += 1
-        return weight * self.every_n_steps if due else None
+        return weight * self.every_n_steps if self.num_calls % self.every_n_steps == 0 else None
 
     def reduce(self, norms: GroupNorms) -> Tensor:
         """R: the mean over samples of ‖·‖², or of ‖·‖."""

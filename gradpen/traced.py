@@ -95,7 +95,7 @@ def evaluate_terms(model: nn.Module, x: Any, y: Any, terms: Sequence[tuple[Term,
 
 
 def advance(penalty: Any, training: bool) -> float | None:
-    """`GradPenalty.advance_by_one` with a step counter that the graph takes as a variable.
+    """`GradPenalty.advance` with a step counter that the graph takes as a variable.
 
     An int in a module is a constant to `torch.compile`, and every step would be another graph.
 
@@ -108,7 +108,10 @@ def advance(penalty: Any, training: bool) -> float | None:
             "torch.compile"
         )
     with torch._dynamo.patch_dynamo_config(allow_unspec_int_on_nn_module=True):
-        return penalty.advance_by_one(training)
+        factor = penalty.factor_now(training)
+        if training:
+            penalty.num_calls += 1
+        return factor
 
 
 def _scalar(term: Term, criterion: Criterion, target: Any) -> Callable[[Any], Tensor]:
