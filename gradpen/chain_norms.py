@@ -112,14 +112,13 @@ def mean_combinations(products: Tensor, b: Tensor) -> Tensor:
 
 
 def _factors(chain: DenseChain, deltas: Deltas, norm: NormOf) -> tuple[Row, ...]:
-    """What the squared norm is made of: no rows of tensors, two, or three. None or 0 where nothing counts.
+    """What the squared norm is made of: no rows of tensors, one, or three. None or 0 where nothing counts.
 
-    For single samples 1 + ‖h_t‖² of all layers, and ‖δ_t‖², each (n, B). For the batch the gradients G_t of W_t and g_t of
+    For single samples 1 + ‖h_t‖² of all layers, and ‖δ_t‖²: (2, n, B). For the batch the gradients G_t of W_t and g_t of
     b_t, and where that is cheaper h_t G_tᵀ, (B, n_t), instead of G_t.
     """
     if norm.what == "sample":
-        sizes, squares = _sizes_and_squares(chain, deltas, norm)
-        return (sizes,), (squares,)
+        return ((_sizes_and_squares(chain, deltas, norm),),)
     if norm.what == "batch":
         weights, products = [], []
         for t, (delta, h) in enumerate(zip(deltas.at, chain.hidden, strict=True)):
@@ -130,7 +129,7 @@ def _factors(chain: DenseChain, deltas: Deltas, norm: NormOf) -> tuple[Row, ...]
     return ()
 
 
-_NUMBER_OF_FACTORS = {"input": 0, "sample": 2, "batch": 3}
+_NUMBER_OF_FACTORS = {"input": 0, "sample": 1, "batch": 3}
 
 
 def _by_products(delta: Tensor, h: Tensor, t: int) -> bool:
@@ -145,23 +144,20 @@ def _by_products(delta: Tensor, h: Tensor, t: int) -> bool:
     return between_samples * size * (rows + columns) < with_weight * rows * columns
 
 
-def _sizes_and_squares(chain: DenseChain, deltas: Deltas, norm: NormOf) -> tuple[Tensor, Tensor]:
-    """1 + ‖h_t‖², or what of it belongs to a weight or a bias that counts, and ‖δ_t‖²: (n, B)."""
-    sizes = _counted_sq_norms(chain.hidden, norm.weights)
-    if all(norm.biases):
-        return sizes + 1, _counted_sq_norms(deltas.at, norm.biases)
-    with_biases = [size + 1 if counts else size for size, counts in zip(sizes, norm.biases, strict=True)]
-    counted = [weight or bias for weight, bias in zip(norm.weights, norm.biases, strict=True)]
-    return torch.stack(with_biases), _counted_sq_norms(deltas.at, counted)
-
-
-def _counted_sq_norms(layers: Sequence[Tensor], counted: Sequence[bool]) -> Tensor:
-    """‖·‖² of the rows of every layer that counts, and 0 for the others: (n, B)."""
-    if all(counted) and not torch.is_grad_enabled():
-        return stacked_row_sq_norms(layers)
-    nothing = layers[0].new_zeros(len(layers[0]))
-    each = zip(layers, counted, strict=True)
-    return torch.stack([_row_sq_norm(rows) if counts else nothing for rows, counts in each])
+def _sizes_and_squares(chain: DenseChain, deltas: Deltas, norm: NormOf) -> Tensor:
+    """1 + ‖h_t‖², or what of it belongs to a weight or a bias that counts, and ‖δ_t‖²: (2, n, B)."""
+    if all(norm.weights) and all(norm.biases) and not torch.is_grad_enabled():
+        rows = [*chain.hidden, *deltas.at]
+        sizes_and_squares = stacked_row_sq_norms(rows).view(2, len(rows) // 2, -1)
+        sizes_and_squares[0].add_(1)
+        return sizes_and_squares
+    nothing = deltas.at[0].new_zeros(deltas.at[0].shape[0])
+    sizes, squares = [], []
+    for h, delta, weight, bias in zip(chain.hidden, deltas.at, norm.weights, norm.biases, strict=True):
+        size = _row_sq_norm(h) if weight else nothing
+        sizes.append(size + 1 if bias else size)
+        squares.append(_row_sq_norm(delta) if weight or bias else nothing)
+    return torch.stack([torch.stack(sizes), torch.stack(squares)])
 
 
 def _row_sq_norm(tensor: Tensor) -> Tensor:
@@ -179,7 +175,8 @@ def _sq_norm(chain: DenseChain, deltas: Deltas, norm: NormOf, factors: Sequence[
         return _row_sq_norm(deltas.entry)
     if norm.what == "batch":
         return _batch_sq_norm(chain, deltas, norm, factors).reshape(1)
-    sizes, squares = (factor for (factor,) in factors)
+    ((sizes_and_squares,),) = factors
+    sizes, squares = sizes_and_squares
     total: Tensor = (sizes * squares).sum(0)
     return total
 
@@ -392,20 +389,22 @@ def _sweep_forward(chain: DenseChain, deltas: Deltas, wanted: Sequence[_Wanted],
     """From the cotangents of squared norms to that of ∂f_i/∂output; adds to `gathered` what it meets on the way."""
     of_delta = None
     over_batch, over_samples = [], []
+    n = len(chain.weights)
     for norm, of_norm, factors in wanted:
-        twice = 2 * of_norm.unsqueeze(1)  # the factor of every square's derivative
+        twice = 2 * of_norm  # the factor of every square's derivative
         if norm.what == "input":
             assert deltas.entry is not None
-            scaled = deltas.at[0] * twice
-            gathered.weights[0] = _add_product(gathered.weights[0], scaled, deltas.entry)
-            of_delta = _add_scaled(of_delta, times(deltas.entry, chain.weights[0].t()), twice)
+            scale = twice.unsqueeze(1)
+            gathered.weights[0] = _add_product(gathered.weights[0], deltas.at[0] * scale, deltas.entry)
+            of_delta = _add_scaled(of_delta, times(deltas.entry, chain.weights[0].t()), scale)
         elif norm.what == "batch":
-            over_batch.append((norm, twice / chain.hidden[0].shape[0], factors))
+            over_batch.append((norm, twice.unsqueeze(1) / chain.hidden[0].shape[0], factors))
         else:
-            scaled_factors = [(factor.t() * twice).split(1, dim=1) for (factor,) in factors]
-            over_samples.append((norm, *scaled_factors))
-    last = len(chain.weights) - 1
+            ((sizes_and_squares,),) = factors
+            scales = (sizes_and_squares * twice).flatten(0, 1).unsqueeze(2).unbind()
+            over_samples.append((norm, scales[:n], scales[n:]))
     for t, (delta, h) in enumerate(zip(deltas.at, chain.hidden, strict=True)):
+        is_multiple = of_delta is None and not over_batch  # of δ_t, when the norms over samples have been added
         for norm, sizes, squares in over_samples:  # (1 + ‖h_t‖²) ‖δ_t‖²
             if norm.weights[t] or norm.biases[t]:
                 of_delta = _add_scaled(of_delta, delta, sizes[t])
@@ -415,14 +414,14 @@ def _sweep_forward(chain: DenseChain, deltas: Deltas, wanted: Sequence[_Wanted],
             which = [row[t] for row in factors]
             of_delta, of_h = _through_batch_norm(of_delta, delta, h, scale, *which, with_h=t > 0 and norm.weights[t])
             gathered.hidden[t] = _add(gathered.hidden[t], of_h)
-        if of_delta is None or t == last:
+        if of_delta is None or t == n - 1:
             continue
         between = chain.between[t]
         if between.is_curved:
             before = deltas.before[t]
             assert before is not None
             gathered.saved[t] = _add(gathered.saved[t], between.of_saved(before, of_delta))
-        of_pushed = between.pull_into(of_delta)
+        of_pushed = of_delta if is_multiple and between.is_mask else between.pull_into(of_delta)
         gathered.weights[t + 1] = _add_product(gathered.weights[t + 1], deltas.at[t + 1], of_pushed)
         of_delta = times(of_pushed, chain.weights[t + 1].t())
     return of_delta
@@ -433,10 +432,11 @@ def _sweep_backward(chain: DenseChain, delta: Tensor | None, gathered: _Gathered
     n = len(chain.weights)
     weights: list[Tensor | None] = [None] * n
     biases: list[Tensor | None] = [None] * n
+    ones = chain.hidden[0].new_ones(len(chain.hidden[0]))
     for t in reversed(range(n)):
         weights[t] = _add_product(gathered.weights[t], delta, chain.hidden[t])
         if delta is not None and chain.biases[t] is not None:
-            biases[t] = delta.sum(0)
+            biases[t] = torch.mv(delta.t(), ones)  # a sum over the samples, as a product, which is quicker
         if t > 0:
             pushed = _push(gathered.hidden[t], delta, chain.weights[t], like=chain.hidden[t])
             scale = gathered.scales[t]

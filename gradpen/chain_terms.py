@@ -40,6 +40,11 @@ class Request(NamedTuple):
     key: Any
     function: Scalar
 
+    @property
+    def difference(self) -> ParamTerm | None:
+        """The term, if it asks for a finite difference over the batch."""
+        return self.term if isinstance(self.term, ParamTerm) and self.term.is_batch_difference else None
+
 
 class Found(NamedTuple):
     """What is given.
@@ -58,7 +63,7 @@ class Found(NamedTuple):
 def have_formulas(requests: Sequence[Request], *, first_order: bool) -> bool:
     """Whether all that is asked for, if anything, can be had from a chain; differences only if all else is `first_order`."""
     return bool(requests) and all(
-        _has_formula(request) or (first_order and _difference(request) is not None) for request in requests
+        _has_formula(request) or (first_order and request.difference is not None) for request in requests
     )
 
 
@@ -143,7 +148,7 @@ def _with_known_gradient(
     model: nn.Module, chain: DenseChain, requests: Sequence[Request], data: Criterion, target: Any, create_graph: bool
 ) -> Found | None:
     """All requests are of the f_i that the data loss is made of, and need first derivatives only."""
-    terms = [_difference(request) if create_graph else None for request in requests]  # their values need none
+    terms = [request.difference if create_graph else None for request in requests]  # their values need none
     if any(terms) and chain.output.requires_grad:
         return None  # what a model did by its graph may be something else where the parameters are displaced
     norms = [_norm_of(request, chain) for request in requests]
@@ -194,12 +199,6 @@ def _has_formula(request: Request) -> bool:
     if isinstance(term, InputTerm):
         return _projection(request) is not None or (term.method == "exact" and term.of != "output")
     return term.method == "exact" and term.over in ("sample", "batch")
-
-
-def _difference(request: Request) -> ParamTerm | None:
-    """The term, if it asks for a finite difference over the batch."""
-    term = request.term
-    return term if isinstance(term, ParamTerm) and term.is_batch_difference else None
 
 
 def _projection(request: Request) -> InputTerm | None:

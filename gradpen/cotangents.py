@@ -98,8 +98,10 @@ class OfCrossEntropy:
             self._log_softmax = torch.log_softmax(output, 1)
             # the loss looks whether all targets are classes; its derivative writes wherever they point
             self._mean_and_count = self._loss(_MEAN)
-            one = self._log_softmax.new_ones(())
-            self._minus_one_hot = _nll_loss_backward(one, self._log_softmax, function.target, None, _SUM, IGNORED, one)
+            _, count = self._mean_and_count
+            self._minus_one_hot = _nll_loss_backward(  # that of count times the mean
+                count, self._log_softmax, function.target, None, _MEAN, IGNORED, count
+            )
             self.value = torch._log_softmax_backward_data(self._minus_one_hot, self._log_softmax, 1, output.dtype)
 
     @cached_property

@@ -36,6 +36,7 @@ class Kind:
         backward_into: the same, written over the cotangent.
         value_into: the value, written over z, if it is the result that is saved.
         piecewise_linear: g'' = 0 wherever it exists.
+        is_mask: g' is 0 or 1, so that to multiply by it once more changes nothing.
     """
 
     saved: str
@@ -45,6 +46,7 @@ class Kind:
     backward_into: Callable[..., Tensor] | None = None
     value_into: Callable[..., Tensor] | None = None
     piecewise_linear: bool = False
+    is_mask: bool = False
 
 
 def _relu_backward(cotangent: Tensor, result: Tensor) -> Tensor:
@@ -84,7 +86,9 @@ def _elu_backward(cotangent: Tensor, z: Tensor, alpha: float, scale: float, inpu
 
 KINDS: dict[str, Kind] = {  # by the name of the node
     "ReluBackward0": Kind(
-        "_saved_result", (), F.relu, _relu_backward, _relu_backward_into, torch.relu_, piecewise_linear=True
+        *("_saved_result", (), F.relu, _relu_backward, _relu_backward_into, torch.relu_),
+        piecewise_linear=True,
+        is_mask=True,
     ),
     "LeakyReluBackward0": Kind(
         "_saved_self", ("_saved_negative_slope",), F.leaky_relu, _leaky_relu_backward, piecewise_linear=True
@@ -119,6 +123,11 @@ class Elementwise(NamedTuple):
     def is_curved(self) -> bool:
         """Whether g'' is other than 0 anywhere."""
         return self.kind is not None and not self.kind.piecewise_linear
+
+    @property
+    def is_mask(self) -> bool:
+        """Whether `pull` changes nothing in what it has given."""
+        return self.kind is not None and self.kind.is_mask and self.factor is None
 
     def at(self, z: Tensor) -> tuple[Tensor, Elementwise]:
         """h at another z, and the same function there."""

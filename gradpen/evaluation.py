@@ -163,8 +163,8 @@ def evaluate_terms(
     if not terms:
         return Evaluation(call_model(model, x), [])
     _checks.check_grad_enabled()
-    first_order = data is not None and _one_backward_pass_does(terms, data, create_graph)
     requests = [_request(model, term, criterion, y) for term, criterion in terms]
+    first_order = data is not None and _one_backward_pass_does(requests, data, create_graph)
 
     def by_formulas(chain: DenseChain) -> Evaluation | None:
         found = chain_terms.evaluate(
@@ -262,16 +262,11 @@ def _codes(requests: Sequence[chain_terms.Request]) -> set[Any]:
     return {mixing.code_of(request.function) for request in requests}
 
 
-def _one_backward_pass_does(terms: Sequence[tuple[Term, Criterion]], data: Criterion, create_graph: bool) -> bool:
-    """Whether all terms want first derivatives of the f that the data loss is made from."""
-    return (
-        bool(terms)
-        and data.follows_mean
-        and all(
-            scalar_key(term, criterion) == _source_key(data.source)
-            and ((isinstance(term, ParamTerm) and term.is_batch_difference) or not create_graph)
-            for term, criterion in terms
-        )
+def _one_backward_pass_does(requests: Sequence[chain_terms.Request], data: Criterion, create_graph: bool) -> bool:
+    """Whether all that is asked for are first derivatives of the f that the data loss is made from."""
+    key = _source_key(data.source)
+    return data.follows_mean and all(
+        request.key == key and (not create_graph or request.difference is not None) for request in requests
     )
 
 
