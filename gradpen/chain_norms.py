@@ -22,7 +22,14 @@ from torch import Tensor
 
 from gradpen._graph import save_rows, saved_rows
 from gradpen._layout import dot, lies_by_feature, plus_times, row_sq_norms, stacked_row_sq_norms, times
-from gradpen._numerics import full_precision, is_at_hand, is_batched, row_sq_norm, total_sq_norm
+from gradpen._numerics import (
+    full_precision,
+    is_at_hand,
+    is_batched,
+    number_if_at_hand,
+    row_sq_norm,
+    total_sq_norm,
+)
 from gradpen.cotangents import Cotangent, OfScalar
 from gradpen.dense_chain import DenseChain, may_overwrite
 
@@ -36,11 +43,13 @@ class NormOf(NamedTuple):
         what: "input" for ‖∇_x f_i‖², "sample" for ‖∇_θ f_i‖², "batch" for ‖∇_θ mean_i f_i‖².
         weights: whether W_t is part of θ, for every layer.
         biases: whether b_t is part of θ.
+        as_mean: its mean over the samples.
     """
 
     what: str
     weights: tuple[bool, ...] = ()
     biases: tuple[bool, ...] = ()
+    as_mean: bool = False
 
 
 class Deltas(NamedTuple):
@@ -74,7 +83,7 @@ def deltas_of(chain: DenseChain, cotangent: Tensor, norms: Sequence[NormOf]) -> 
 
 
 def sq_norms(chain: DenseChain, deltas: Deltas, norms: Sequence[NormOf]) -> list[Tensor]:
-    """The squared norms that are asked for: (B,), or (1,) for "batch"."""
+    """The squared norms that are asked for: (B,), or (1,) for "batch", or 0-dim."""
     return [_sq_norm(chain, deltas, norm, _factors(chain, deltas, norm)) for norm in norms]
 
 
@@ -95,8 +104,13 @@ def _mean_rows(deltas: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor 
 
 
 def mean_product(delta: Tensor, h: Tensor) -> Tensor:
-    """mean_i δ_i h_iᵀ, divided within the product."""
-    return torch.addmm(delta.new_empty(1), delta.t(), h, beta=0, alpha=1 / h.shape[0])  # nothing is read of the first
+    """mean_i δ_i h_iᵀ."""
+    return product_of_rows(delta, h, 1 / h.shape[0])
+
+
+def product_of_rows(delta: Tensor, h: Tensor, scale: float) -> Tensor:
+    """Scale · δᵀ h, scaled within the product."""
+    return torch.addmm(delta.new_empty(1), delta.t(), h, beta=0, alpha=scale)  # nothing is read of the first
 
 
 def mean_of_products(a: Tensor, b: Tensor) -> Tensor:
@@ -172,13 +186,15 @@ def _only(row: Sequence[Tensor | None], wanted: Sequence[bool]) -> Row:
 def _sq_norm(chain: DenseChain, deltas: Deltas, norm: NormOf, factors: Sequence[Any]) -> Tensor:
     if norm.what == "input":
         assert deltas.entry is not None
-        return _row_sq_norm(deltas.entry)
+        rows = _row_sq_norm(deltas.entry)
+        return rows.mean() if norm.as_mean else rows
     if norm.what == "batch":
-        return _batch_sq_norm(chain, deltas, norm, factors).reshape(1)
+        sq_norm = _batch_sq_norm(chain, deltas, norm, factors)
+        return sq_norm if norm.as_mean else sq_norm.reshape(1)
     ((sizes_and_squares,),) = factors
     sizes, squares = sizes_and_squares
-    total: Tensor = (sizes * squares).sum(0)
-    return total
+    products: Tensor = sizes * squares
+    return products.sum() / products.shape[1] if norm.as_mean else products.sum(0)
 
 
 def _batch_sq_norm(chain: DenseChain, deltas: Deltas, norm: NormOf, factors: Sequence[Row]) -> Tensor:
@@ -368,7 +384,7 @@ class _Wanted(NamedTuple):
     """A squared norm that the loss depends on."""
 
     norm: NormOf
-    of_norm: Tensor  # its cotangent: (B,) or (1,)
+    of_norm: Tensor  # its cotangent: (B,), (1,) or 0-dim
     factors: Sequence[Any]
 
 
@@ -391,17 +407,17 @@ def _sweep_forward(chain: DenseChain, deltas: Deltas, wanted: Sequence[_Wanted],
     over_batch, over_samples = [], []
     n = len(chain.weights)
     for norm, of_norm, factors in wanted:
-        twice = 2 * of_norm  # the factor of every square's derivative
+        scale = _scale(norm, of_norm, len(chain.hidden[0]))
         if norm.what == "input":
             assert deltas.entry is not None
-            scale = twice.unsqueeze(1)
-            gathered.weights[0] = _add_product(gathered.weights[0], deltas.at[0] * scale, deltas.entry)
+            gathered.weights[0] = _add_product(gathered.weights[0], deltas.at[0], deltas.entry, scale)
             of_delta = _add_scaled(of_delta, times(deltas.entry, chain.weights[0].t()), scale)
         elif norm.what == "batch":
-            over_batch.append((norm, twice.unsqueeze(1) / chain.hidden[0].shape[0], factors))
+            over_batch.append((norm, scale, factors))
         else:
             ((sizes_and_squares,),) = factors
-            scales = (sizes_and_squares * twice).flatten(0, 1).unsqueeze(2).unbind()
+            by_rows = scale.t() if isinstance(scale, Tensor) else scale
+            scales = (sizes_and_squares * by_rows).view(2 * n, -1, 1).unbind()
             over_samples.append((norm, scales[:n], scales[n:]))
     for t, (delta, h) in enumerate(zip(deltas.at, chain.hidden, strict=True)):
         is_multiple = of_delta is None and not over_batch  # of δ_t, when the norms over samples have been added
@@ -425,6 +441,14 @@ def _sweep_forward(chain: DenseChain, deltas: Deltas, wanted: Sequence[_Wanted],
         gathered.weights[t + 1] = _add_product(gathered.weights[t + 1], deltas.at[t + 1], of_pushed)
         of_delta = times(of_pushed, chain.weights[t + 1].t())
     return of_delta
+
+
+def _scale(norm: NormOf, of_norm: Tensor, size: int) -> float | Tensor:
+    """The factor of every square's derivative: a number, 0-dim, or (B, 1)."""
+    if norm.as_mean:
+        return (of_norm if torch.is_grad_enabled() else number_if_at_hand(of_norm)) * (2 / size)
+    twice = 2 * of_norm.unsqueeze(1)
+    return twice / size if norm.what == "batch" else twice
 
 
 def _sweep_backward(chain: DenseChain, delta: Tensor | None, gathered: _Gathered) -> tuple[Row, Row]:
@@ -453,7 +477,7 @@ def _through_batch_norm(
     of_delta: Tensor | None,
     delta: Tensor,
     h: Tensor,
-    scale: Tensor,
+    scale: float | Tensor,
     weight_gradient: Tensor | None,
     bias_gradient: Tensor | None,
     product: Tensor | None,
@@ -465,7 +489,9 @@ def _through_batch_norm(
     Either G_t is given or the product h_t G_tᵀ, or neither if W_t does not count.
     """
     if weight_gradient is None and product is None:
-        return _add(of_delta, None if bias_gradient is None else bias_gradient * scale.expand(len(delta), 1)), None
+        return _add(
+            of_delta, None if bias_gradient is None else (bias_gradient * scale).expand(delta.shape).contiguous()
+        ), None
     if product is not None:
         to_delta = product if bias_gradient is None else product + bias_gradient
         to_h = mean_of_products(delta, h) if with_h else None
@@ -484,19 +510,25 @@ def _add(total: Tensor | None, more: Tensor | None) -> Tensor | None:
     return total + more
 
 
-def _add_scaled(total: Tensor | None, more: Tensor, scale: Tensor) -> Tensor:
+def _add_scaled(total: Tensor | None, more: Tensor, scale: float | Tensor) -> Tensor:
     """Total + more · scale, written over the total."""
     if total is None:
         return more * scale
+    if isinstance(scale, float):
+        return total.add_(more, alpha=scale) if may_overwrite() else torch.add(total, more, alpha=scale)
     return total.addcmul_(more, scale) if may_overwrite() else torch.addcmul(total, more, scale)
 
 
-def _add_product(total: Tensor | None, delta: Tensor | None, h: Tensor) -> Tensor | None:
-    """Total + δᵀ h, written over the total."""
-    if total is None or delta is None:
-        return total if delta is None else delta.t() @ h
+def _add_product(total: Tensor | None, delta: Tensor | None, h: Tensor, scale: float | Tensor = 1.0) -> Tensor | None:
+    """Total + scale · δᵀ h, written over the total."""
+    if delta is None:
+        return total
+    if isinstance(scale, Tensor):
+        delta, scale = delta * scale, 1.0
+    if total is None:
+        return delta.t() @ h if scale == 1 else product_of_rows(delta, h, scale)
     out = total if may_overwrite() else None  # in the form that torch.utils.flop_counter knows
-    return torch.addmm(total, delta.t(), h, out=out)
+    return torch.addmm(total, delta.t(), h, alpha=scale, out=out)
 
 
 def _push(total: Tensor | None, delta: Tensor | None, weight: Tensor, like: Tensor) -> Tensor | None:

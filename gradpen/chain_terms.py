@@ -33,12 +33,14 @@ class Request(NamedTuple):
         parameters: name → parameter, those that count; None: all that the chain has.
         key: equal for requests of the same f.
         function: the model's output → f.
+        as_mean: the mean of the squared norms is enough.
     """
 
     term: Term
     parameters: Mapping[str, nn.Parameter] | None
     key: Any
     function: Scalar
+    as_mean: bool = False
 
     @property
     def difference(self) -> ParamTerm | None:
@@ -219,13 +221,15 @@ def _by_scalar(requests: Sequence[Request]) -> list[list[int]]:
 def _norm_of(request: Request, chain: DenseChain) -> NormOf:
     if isinstance(request.term, InputTerm):
         nothing = (False,) * len(chain.weights)
-        return NormOf("input", nothing, nothing)
+        return NormOf("input", nothing, nothing, request.as_mean)
     if request.parameters is None:
         all_weights = (True,) * len(chain.weights)
-        return NormOf(str(request.term.over), all_weights, tuple([bias is not None for bias in chain.biases]))
+        all_biases = tuple([bias is not None for bias in chain.biases])
+        return NormOf(str(request.term.over), all_weights, all_biases, request.as_mean)
     counted = {id(parameter) for parameter in request.parameters.values()}
     weights = tuple([id(weight) in counted for weight in chain.weights])
-    return NormOf(str(request.term.over), weights, tuple([id(bias) in counted for bias in chain.biases]))
+    biases = tuple([id(bias) in counted for bias in chain.biases])
+    return NormOf(str(request.term.over), weights, biases, request.as_mean)
 
 
 def _cotangent_of(

@@ -140,6 +140,7 @@ def evaluate_terms(
     y: Any,
     terms: Sequence[tuple[Term, Criterion]],
     *,
+    means: Sequence[bool] = (),
     data: Criterion | None = None,
     create_graph: bool = True,
 ) -> Evaluation:
@@ -153,6 +154,7 @@ def evaluate_terms(
         x: tensor, tuple or dict.
         y: target of the criteria.
         terms: (term, criterion) pairs.
+        means: for every term, whether the mean of the squared norms may be given in their place; () for none.
         data: criterion of the data loss, if that is going to be differentiated too.
         create_graph: keep the squared norms differentiable.
 
@@ -163,7 +165,10 @@ def evaluate_terms(
     if not terms:
         return Evaluation(call_model(model, x), [])
     _checks.check_grad_enabled()
-    requests = [_request(model, term, criterion, y) for term, criterion in terms]
+    requests = [
+        _request(model, term, criterion, y, as_mean)
+        for (term, criterion), as_mean in zip(terms, means or [False] * len(terms), strict=True)
+    ]
     first_order = data is not None and _one_backward_pass_does(requests, data, create_graph)
 
     def by_formulas(chain: DenseChain) -> Evaluation | None:
@@ -241,12 +246,12 @@ def evaluate_terms(
     return Evaluation(recording.output, norms, data_loss)
 
 
-def _request(model: nn.Module, term: Term, criterion: Criterion, target: Any) -> chain_terms.Request:
+def _request(model: nn.Module, term: Term, criterion: Criterion, target: Any, as_mean: bool) -> chain_terms.Request:
     """All parameters of a chain count unless there is a filter; for another model `check_call` finds out which do."""
     chosen = None
     if isinstance(term, ParamTerm) and term.parameters is not None:
         chosen = select_parameters(model, term.parameters)
-    return chain_terms.Request(term, chosen, scalar_key(term, criterion), term.scalar(criterion, target))
+    return chain_terms.Request(term, chosen, scalar_key(term, criterion), term.scalar(criterion, target), as_mean)
 
 
 # model → code of the criteria that depend on more than its output: it is not run in vain for these again

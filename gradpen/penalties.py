@@ -60,7 +60,7 @@ class GradPenalty(nn.Module):
         factor = self.advance(model)
         if factor is None or (factor == 0 and not torch.compiler.is_compiling()):
             return _zero(model, x)
-        norms = _evaluate_terms(model, x, y, [(self.term, self.taken_apart())]).norms[0]
+        norms = _evaluate_terms(model, x, y, [(self.term, self.taken_apart())], [self.takes_mean]).norms[0]
         return factor * self.reduce(norms)
 
     def taken_apart(self) -> Criterion:
@@ -90,9 +90,16 @@ class GradPenalty(nn.Module):
             return weight
         return weight * self.every_n_steps if self.num_calls % self.every_n_steps == 0 else None
 
+    @property
+    def takes_mean(self) -> bool:
+        """Whether R is the mean of the squared norms, so that `reduce` does not need the single ones."""
+        return self.squared
+
     def reduce(self, norms: GroupNorms) -> Tensor:
         """R: the mean over samples of ‖·‖², or of ‖·‖."""
         values = norms.sq_norms if self.squared else norms.norms
+        if values.dim() == 0:
+            return values
         if norms.sizes is None:
             return values.mean()
         return (values * norms.sizes).sum() / norms.sizes.sum()
@@ -185,6 +192,11 @@ class InputGradPenalty(GradPenalty):
         self.term = InputTerm(of, method, num_projections, scheme, step, generator)
         self.target = target
         self.one_sided = one_sided
+
+    @property
+    def takes_mean(self) -> bool:
+        """Whether R is the mean of the squared norms, so that `reduce` does not need the single ones."""
+        return self.squared and self.target is None
 
     def reduce(self, norms: GroupNorms) -> Tensor:
         """R: the mean over samples of ‖·‖², of ‖·‖, or of (‖·‖ − target)²."""
@@ -349,9 +361,10 @@ class PenalizedLoss(nn.Module):
         terms = [
             (penalty.term, criterion if penalty.criterion is None else penalty.taken_apart()) for penalty, _ in due
         ]
+        means = [penalty.takes_mean for penalty, _ in due]
         compiling = torch.compiler.is_compiling()
         weighted = compiling or any(factor != 0 for _, factor in due)
-        evaluated = _evaluate_terms(model, x, y, terms, data=criterion, create_graph=weighted)
+        evaluated = _evaluate_terms(model, x, y, terms, means, data=criterion, create_graph=weighted)
         data_loss = evaluated.data_loss
         if data_loss is None:
             data_loss = criterion.data_loss(evaluated.output, y)
@@ -373,13 +386,14 @@ def _evaluate_terms(
     x: Any,
     y: Any,
     terms: Sequence[tuple[Term, Criterion]],
+    means: Sequence[bool],
     *,
     data: Criterion | None = None,
     create_graph: bool = True,
 ) -> Evaluation:
     if torch.compiler.is_compiling():
         return _traced().evaluate_terms(model, x, y, terms)
-    return evaluation.evaluate_terms(model, x, y, terms, data=data, create_graph=create_graph)
+    return evaluation.evaluate_terms(model, x, y, terms, means=means, data=data, create_graph=create_graph)
 
 
 def _traced() -> ModuleType:

@@ -118,7 +118,7 @@ class GroupNorms(NamedTuple):
     """What a term came to.
 
     Attributes:
-        values: squared norms, or norms, of all groups: (groups,), differentiable.
+        values: squared norms, or norms, of all groups: (groups,), differentiable. 0-dim: the mean of the squared norms.
         sizes: how many samples are behind each, (groups,); None where all have as many.
         are_squared: whether the values are squared norms.
     """
@@ -129,7 +129,7 @@ class GroupNorms(NamedTuple):
 
     @property
     def sq_norms(self) -> Tensor:
-        """‖·‖²: (groups,)."""
+        """‖·‖²: (groups,), or their mean."""
         return self.values if self.are_squared else self.values.square()
 
     @property
