@@ -82,6 +82,14 @@ def stacked_row_sq_norms(layers: Sequence[Tensor]) -> Tensor:
     return torch.stack([torch.linalg.vector_norm(rows, dim=1) for rows in layers]).square_()
 
 
+def mean_row_sq_norm(rows: Tensor) -> Tensor:
+    """The mean of `row_sq_norms`: 0-dim."""
+    if lies_by_feature(rows):
+        return row_sq_norms(rows).mean()
+    norms = torch.linalg.vector_norm(rows, dim=1)
+    return torch.dot(norms, norms) / len(norms)
+
+
 def row_sq_norms(rows: Tensor) -> Tensor:
     """‖·‖² of every row in as few passes as the layout allows, not to be differentiated: (B,)."""
     if lies_by_feature(rows):

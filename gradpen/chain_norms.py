@@ -21,7 +21,15 @@ import torch
 from torch import Tensor
 
 from gradpen._graph import save_rows, saved_rows
-from gradpen._layout import dot, lies_by_feature, plus_times, row_sq_norms, stacked_row_sq_norms, times
+from gradpen._layout import (
+    dot,
+    lies_by_feature,
+    mean_row_sq_norm,
+    plus_times,
+    row_sq_norms,
+    stacked_row_sq_norms,
+    times,
+)
 from gradpen._numerics import (
     full_precision,
     is_at_hand,
@@ -186,6 +194,8 @@ def _only(row: Sequence[Tensor | None], wanted: Sequence[bool]) -> Row:
 def _sq_norm(chain: DenseChain, deltas: Deltas, norm: NormOf, factors: Sequence[Any]) -> Tensor:
     if norm.what == "input":
         assert deltas.entry is not None
+        if norm.as_mean and not torch.is_grad_enabled():
+            return mean_row_sq_norm(deltas.entry)
         rows = _row_sq_norm(deltas.entry)
         return rows.mean() if norm.as_mean else rows
     if norm.what == "batch":
@@ -193,8 +203,10 @@ def _sq_norm(chain: DenseChain, deltas: Deltas, norm: NormOf, factors: Sequence[
         return sq_norm if norm.as_mean else sq_norm.reshape(1)
     ((sizes_and_squares,),) = factors
     sizes, squares = sizes_and_squares
-    products: Tensor = sizes * squares
-    return products.sum() / products.shape[1] if norm.as_mean else products.sum(0)
+    if norm.as_mean:
+        return torch.dot(sizes.reshape(-1), squares.reshape(-1)) / sizes.shape[1]
+    total: Tensor = (sizes * squares).sum(0)
+    return total
 
 
 def _batch_sq_norm(chain: DenseChain, deltas: Deltas, norm: NormOf, factors: Sequence[Row]) -> Tensor:
