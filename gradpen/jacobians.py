@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
@@ -35,6 +34,8 @@ class JacobianOperator:
         widest: entries of the longest vector on the way.
         part: indices of samples → the operator of these alone, at their share of the cost; None if there is no such thing.
         support: (B, n), False where a row of J_b is known to be 0; None if nothing is known.
+        gram_within: (u, out) ↦ J Jᵀ u, written into `out`, for u that are 0 outside the support, as the products are
+            themselves; None if there is nothing to be gained.
         is_identity: J_b = I for every sample (the input itself).
         grams: of an identity: place of a weight in memory → products with W Wᵀ, which all that is built upon it share.
     """
@@ -46,6 +47,7 @@ class JacobianOperator:
     widest: int
     part: Callable[[Tensor], JacobianOperator] | None = None
     support: Tensor | None = None
+    gram_within: Callable[[Tensor, Tensor], Tensor] | None = None
     is_identity: bool = False
     grams: dict[int, MatVec] = field(default_factory=dict)
 
@@ -80,17 +82,22 @@ class JacobianOperator:
             part=None if part is None else lambda rows: part(rows).times_weight(weight),
         )
 
-    def times_diagonal(self, diagonal: Tensor) -> JacobianOperator:
-        """D J for diagonals (B, n)."""
+    def times_diagonal(self, diagonal: Tensor, *, is_mask: bool = False) -> JacobianOperator:
+        """D J for diagonals (B, n), all of 0 and 1 if `is_mask`."""
         part = self.part
+
+        def gram_within(u: Tensor, out: Tensor) -> Tensor:
+            return torch.mul(self.gram(u if is_mask else diagonal * u), diagonal, out=out)
+
         return JacobianOperator(
             gram=lambda u: self.gram(diagonal * u).mul_(diagonal),
             vjp=lambda u: self.vjp(diagonal * u),
             template=self.template,
             columns=self.columns,
             widest=self.widest,
-            part=None if part is None else lambda rows: part(rows).times_diagonal(diagonal[rows]),
+            part=None if part is None else lambda rows: part(rows).times_diagonal(diagonal[rows], is_mask=is_mask),
             support=diagonal != 0,
+            gram_within=gram_within,
         )
 
     def restricted(self, rows: Tensor) -> JacobianOperator:
@@ -158,18 +165,24 @@ class OperatorStack:
         """How many samples each operator has."""
         return [len(operator.template) for operator in self.operators]
 
-    @property
+    @functools.cached_property
     def length(self) -> int:
         """Of the longest row."""
         return max(operator.template.shape[1] for operator in self.operators)
 
-    def gram(self, u: Tensor) -> Tensor:
-        """(ΣB, length) → (ΣB, length), u ↦ J Jᵀ u."""
-        parts = zip(self.operators, u.split(self.sizes), strict=True)
-        products = [operator.gram(part[:, : operator.template.shape[1]]) for operator, part in parts]
-        length = u.shape[1]
-        padded = [p if p.shape[1] == length else F.pad(p, (0, length - p.shape[1])) for p in products]
-        return torch.cat(padded) if len(padded) > 1 else padded[0]
+    def gram_within(self, u: Tensor) -> Tensor:
+        """(ΣB, length) → (ΣB, length), u ↦ J Jᵀ u for u that are 0 outside the operators' supports."""
+        product = torch.empty_like(u)
+        for operator, part, out in zip(self.operators, u.split(self.sizes), product.split(self.sizes), strict=True):
+            columns = operator.template.shape[1]
+            if columns < u.shape[1]:
+                part, padding, out = part[:, :columns], out[:, columns:], out[:, :columns]
+                padding.zero_()
+            if operator.gram_within is None:
+                out.copy_(operator.gram(part))
+            else:
+                operator.gram_within(part, out)
+        return product
 
     def restricted(self, samples: Tensor) -> OperatorStack:
         """The stack of some samples, given by rising indices."""
@@ -214,7 +227,7 @@ def chain_jacobians(chain: DenseChain) -> list[JacobianOperator]:
     for weight, h, between in zip(chain.weights, chain.hidden[1:], chain.between, strict=False):
         with torch.no_grad():
             slope = between.pull(torch.ones_like(h))
-        operators.append(operators[-1].times_weight(weight.detach()).times_diagonal(slope))
+        operators.append(operators[-1].times_weight(weight.detach()).times_diagonal(slope, is_mask=between.is_mask))
     return operators
 
 

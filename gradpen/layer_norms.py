@@ -228,7 +228,10 @@ def _swept_norms(
     start = torch.cat([F.pad(start, (0, whole.length - start.shape[1])) for start in starts])
     delta = torch.tensor(deltas, dtype=torch.float64).repeat_interleave(torch.tensor(sizes)).to(widest_float(start[0]))
     bracket = spectral.lanczos_bracket(
-        whole.gram, start, delta=delta, rtol=settings.rtol, restrict=lambda samples: whole.restricted(samples).gram
+        *(whole.gram_within, start),
+        delta=delta,
+        rtol=settings.rtol,
+        restrict=lambda samples: whole.restricted(samples).gram_within,
     )
     return [Bracket(*ends) for ends in zip(bracket.lower.split(sizes), bracket.upper.split(sizes), strict=True)]
 

@@ -29,9 +29,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradpen._numerics import divide_or_zero, number_if_at_hand, widest_float
+from gradpen._numerics import divide_or_zero, widest_float
 
 MatVec = Callable[[Tensor], Tensor]
+Array = np.ndarray[Any, Any]
 
 
 class Bracket(NamedTuple):
@@ -74,12 +75,13 @@ def lanczos_bracket(
     """Largest singular value of J_b for every b, from products with A_b = J_b J_bᵀ.
 
     The plain three-term recurrence: no basis is kept, and copies of converged Ritz values do no harm to the largest one.
-    The host looks at the device for the dimension of the start and the size of the first product, and after 10, 12, …, 18,
-    21, 24, 28, 32, 37, … steps for which samples are narrow enough; nothing else in the iteration waits. A sample's bracket
-    is that of the first look at which it was narrow enough, so but for rounding it does not depend on the samples beside it.
+    The host looks at the device for the dimension of the start and the size of the first product, and after 10, 12, …, 24,
+    27, 30, 33, 37, … steps for which samples are narrow enough, by the coefficients alone, which it keeps; nothing else in
+    the iteration waits. A sample's bracket is that of the first look at which it was narrow enough, so but for rounding it
+    does not depend on the samples beside it.
 
     Args:
-        gram: (B, n) → (B, n), row b multiplied by A_b.
+        gram: (B, n) → (B, n), row b multiplied by A_b. Rows are 0 wherever the start is and the products are, too.
         start: (B, n), standard normal entries; a row may be 0 where A_b is known to be (dead units): the number of its
             non-zero entries takes the place of n.
         delta: each upper end fails with probability at most this; one number or (B,).
@@ -90,43 +92,53 @@ def lanczos_bracket(
     Returns:
         Bracket of shape (B,).
     """
-    dimension = (start != 0).sum(1)
+    size = len(start)
+    dimension = (start != 0).sum(1).cpu()
     log_weight = _log_smallest_weight(dimension, delta)
     max_steps = min(max_steps, max(int(dimension.max()), 1))
-    alphas, betas = start.new_zeros(2, max_steps, len(start))
-    steps = dimension.clamp(1, max_steps)  # what lies behind them is rounding
-    present: Tensor | slice = slice(None)  # the samples that have not left
+    steps = dimension.clamp(1, max_steps).numpy()  # what lies behind them is rounding
+    coefficients = np.zeros((2, max_steps, size))  # α and β
+    lowest = np.zeros(size)  # what the largest Ritz value is known to reach
+    present = np.arange(size)  # the samples that have not left
+    eps = torch.finfo(start.dtype).eps
     q = divide_or_zero(start, torch.linalg.vector_norm(start, dim=1, keepdim=True))
-    before, beta, size = torch.zeros_like(q), q.new_zeros(len(q)), q.new_zeros(len(q))
-    lowest = widest_float(torch.zeros_like(beta))  # what the largest Ritz value is known to reach
-    next_look = _FIRST_LOOK
+    before, beta, largest = torch.zeros_like(q), q.new_zeros(size), q.new_zeros(size)
     product = gram(q)
     factors = unit = _factors_to_unit(product)
+    new: list[Tensor] = []  # α and β of the steps since the last look
+    next_look = min(_FIRST_LOOK, max_steps)
     for step in range(1, max_steps + 1):
         product = product if step == 1 else gram(q)
-        w, alpha, beta, size = _lanczos_step(product if unit is None else product * unit, q, before, beta, size)
-        alphas[step - 1, present], betas[step - 1, present] = alpha, beta
+        w, alpha, beta, largest = _lanczos_step(product if unit is None else product * unit, q, before, beta, largest)
+        new += [alpha, beta]
         before, q = q, w
-        if step < next_look or step == max_steps:
+        if step < next_look:
             continue
-        recurrence = _Recurrence.of(alphas[:step, present], betas[:step, present])
+        taken = torch.stack(new).view(-1, 2, len(q)).cpu().numpy()
+        coefficients[:, step - len(taken) : step, present] = taken.swapaxes(0, 1)
+        new.clear()
+        if step == max_steps:
+            break
+        recurrence = _Recurrence.of(coefficients[:, :step, present], eps)
         low, _ = recurrence.ritz_between(lowest[present], rtol)
         is_narrow = recurrence.is_narrow(low, log_weight[present], rtol)
         before_now = steps[present] < step  # finished at a look before this one, whose values stay
-        lowest[present] = torch.where(before_now, lowest[present], low)
-        steps[present] = torch.where(is_narrow & ~before_now, step, steps[present])
+        lowest[present] = np.where(before_now, lowest[present], low * recurrence.scale)
+        steps[present] = np.where(is_narrow & ~before_now, step, steps[present])
         finished = is_narrow | before_now
-        number = int(finished.sum())
-        if number == len(q):
+        if finished.all():
             break
-        if restrict is not None and number >= _WORTH_LEAVING * len(q):
-            kept = finished.logical_not().nonzero().squeeze(1)
-            present = kept if isinstance(present, slice) else present[kept]
-            q, before, beta, size = (tensor[kept] for tensor in (q, before, beta, size))
-            gram, unit = restrict(present), None if unit is None else unit[kept]
-        next_look = step + max(step // 6, 2)
-    recurrence = _Recurrence.of(alphas[:step], betas[:step], steps)
-    bracket = _bracket_of_recurrence(recurrence, recurrence.ritz_between(lowest, rtol), log_weight)
+        if restrict is not None and finished.sum() >= _WORTH_LEAVING * len(present):
+            kept = torch.from_numpy(np.flatnonzero(~finished)).to(q.device)
+            present = present[~finished]
+            q, before, beta, largest = (tensor[kept] for tensor in (q, before, beta, largest))
+            gram = restrict(torch.from_numpy(present).to(q.device))
+            unit = None if unit is None else unit[kept]
+        next_look = min(step + max(step // _LOOKS, 2), max_steps)
+    recurrence = _Recurrence.of(coefficients[:, :step], eps, steps)
+    ends = _ends_of_recurrence(recurrence, lowest, log_weight, rtol)
+    like = widest_float(start[:0])
+    bracket = Bracket(*[torch.from_numpy(end).to(like) for end in ends])
     if factors is None:
         return bracket
     root = widest_float(factors.squeeze(1)).sqrt()
@@ -134,6 +146,7 @@ def lanczos_bracket(
 
 
 _FIRST_LOOK = 10
+_LOOKS = 8  # the part of all steps so far that are taken until the next one
 _WORTH_LEAVING = 1 / 8  # a smaller part of the batch is not worth the copies
 
 
@@ -172,167 +185,149 @@ def _lanczos_step(
 _ROUNDING = 512
 
 
-def _log_smallest_weight(dimension: Tensor, delta: float | Tensor) -> Tensor:
+def _log_smallest_weight(dimension: Tensor, delta: float | Tensor) -> Array:
     """log t with P(⟨q, v⟩² <= t) <= δ for q uniform on the sphere in n dimensions: t = (δ B(1/2, (n−1)/2) / 2)²."""
-    half = (widest_float(dimension) - 1).clamp(min=1) / 2
+    half = (dimension.double() - 1).clamp(min=1) / 2
     log_beta = math.lgamma(0.5) + torch.lgamma(half) - torch.lgamma(half + 0.5)
-    log_weight = 2 * (torch.as_tensor(delta / 2, dtype=half.dtype, device=half.device).log() + log_beta)
-    return torch.where(dimension > 1, log_weight, 0.0)  # in one dimension the weight is 1
+    log_weight = 2 * (torch.as_tensor(delta / 2, dtype=torch.float64).cpu().log() + log_beta)
+    return torch.where(dimension > 1, log_weight, 0.0).numpy()  # in one dimension the weight is 1
 
 
 class _Recurrence(NamedTuple):
-    """The coefficients of every sample, divided by a bound of its largest Ritz value; those behind `steps` do not count."""
+    """The coefficients of every sample on the host, divided by a bound of its largest Ritz value; float64 arrays.
 
-    alphas: Tensor  # (k, 1, B)
-    betas: Tensor  # (k, 1, B)
-    counts: Tensor | None  # (k, 1, B) bool; None if all do
-    scale: Tensor  # (B,): Gershgorin's bound
-    eps: float
-    slack: Tensor  # (B,) or 0-dim: allowance for rounding, relative to an eigenvalue
-    lower_slack: Tensor  # (B,): the same for the lower end
+    Those behind `counts` do not count.
+    """
+
+    alphas: Array  # (k, B)
+    betas: Array  # (k, B)
+    counts: Array | None  # (k, B) bool; None if all do
+    scale: Array  # (B,): Gershgorin's bound
+    eps: float  # of the type that they were computed in
+    slack: Array  # (B,) or 0-dim: allowance for rounding, relative to an eigenvalue
+    lower_slack: Array  # (B,): the same for the lower end
 
     @classmethod
-    def of(cls, alphas: Tensor, betas: Tensor, steps: Tensor | None = None) -> _Recurrence:
-        """From the coefficients (k, B) and the number (B,) of those that count, None if all do."""
-        eps = torch.finfo(alphas.dtype).eps
-        alphas, betas = widest_float(alphas), widest_float(betas)
-        sizes = alphas.abs() + betas
+    def of(cls, coefficients: Array, eps: float, steps: Array | None = None) -> _Recurrence:
+        """From α and β, (2, k, B), and the number (B,) of those that count, None if all do."""
+        alphas, betas = coefficients
+        sizes = np.abs(alphas) + betas
         sizes[1:] += betas[:-1]
-        scale = sizes.amax(0)
-        inverse = divide_or_zero(torch.ones_like(scale), scale)
-        number = scale.new_full((), len(alphas)) if steps is None else widest_float(steps)
-        counts = None
-        if steps is not None:
-            counts = (torch.arange(len(alphas), device=alphas.device).unsqueeze(1) < steps).unsqueeze(1)
-        slack = eps * torch.maximum(8 * number.sqrt(), number)
-        alphas, betas = (alphas * inverse).unsqueeze(1), (betas * inverse).unsqueeze(1)
-        short = (betas < _ROUNDING * eps) if counts is None else (betas < _ROUNDING * eps) & counts
-        lower_slack = slack + (betas * short).amax((0, 1))
-        return cls(alphas, betas.clamp(min=eps), counts, scale, eps, slack, lower_slack)
+        scale = sizes.max(0)
+        inverse = 1 / np.where(scale > 0, scale, np.inf)
+        counts = None if steps is None else np.arange(len(alphas))[:, None] < steps
+        number = np.float64(len(alphas)) if steps is None else steps.astype(np.float64)
+        slack = eps * np.maximum(8 * np.sqrt(number), number)
+        alphas, betas = alphas * inverse, betas * inverse
+        short = betas < _ROUNDING * eps
+        if counts is not None:
+            short &= counts
+        lower_slack = slack + (betas * short).max(0)
+        return cls(alphas, np.maximum(betas, eps), counts, scale, eps, slack, lower_slack)
 
-    def _counted(self, rows: Tensor, otherwise: float) -> Tensor:
-        """Rows for every coefficient, with another number where it does not count."""
-        return rows if self.counts is None else torch.where(self.counts, rows, otherwise)
+    def pivots(self, mu: Array) -> Array:
+        """d_j = β_j p_j(μ)/p_{j−1}(μ) at (points, B), 1 where j does not count: (k, points, B).
 
-    def ratios(self, mu: Tensor) -> Tensor:
-        """p_j(μ)/p_{j−1}(μ) at (points, B), 1 where j does not count: (k, points, B). They do not overflow, as p_j may."""
-        ratios = mu - self.alphas
-        if ratios.device.type == "cpu":
-            _continue_fractions(ratios.numpy(), self.betas.numpy())
-        else:
-            _continue_fractions(ratios, self.betas)
-        return self._counted(ratios, 1.0)
+        d_1 = μ − α_1 and d_j = μ − α_j − β²_{j−1}/d_{j−1}. They do not overflow, as p_j may.
+        """
+        pivots = mu - self.alphas[:, None]
+        sq_betas = self.betas**2
+        quotient = np.empty_like(mu)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            for before, pivot, sq_beta in zip(pivots, pivots[1:], sq_betas, strict=False):
+                np.divide(sq_beta, before, out=quotient)
+                np.subtract(pivot, quotient, out=pivot)
+        return pivots if self.counts is None else np.where(self.counts[:, None], pivots, 1.0)
 
-    def is_beyond(self, mu: Tensor) -> Tensor:
+    def is_beyond(self, mu: Array) -> Array:
         """Whether μ at (points, B) exceeds the largest Ritz value: every p_j is positive there, and only there."""
-        alphas = self._counted(self.alphas, -torch.inf)
-        tensors = mu, alphas, self.betas**2
-        if mu.device.type == "cpu":  # NumPy needs a fraction of torch's time for so little
-            return torch.from_numpy(_least_pivot(np, *[tensor.numpy() for tensor in tensors]) > 0)
-        return _least_pivot(torch, *tensors) > 0
+        return np.all(self.pivots(mu) > 0, axis=0)
 
-    def ritz_between(self, lowest: Tensor, rtol: float) -> tuple[Tensor, Tensor]:
-        """Ends of an interval that holds the largest Ritz value θ, not divided by `scale`: (B,), (B,).
+    def ritz_between(self, lowest: Array, rtol: float) -> tuple[Array, Array]:
+        """Ends of an interval that holds the largest Ritz value θ: (B,), (B,), divided by `scale`.
 
         Args:
-            lowest: what θ is known to reach, 0 if nothing is known. A few points beyond it are tried, as θ hardly moves from
-                one look to the next.
+            lowest: what θ is known to reach, not divided, 0 if nothing is known. A few points beyond it are tried, as θ
+                hardly moves from one look to the next.
             rtol: of the bracket: a small part of it is what the interval's ends differ by as a rule.
         """
-        diagonal = self._counted(self.alphas, 0.0).amax(0).squeeze(0).clamp(min=0)  # no entry exceeds θ
-        low = torch.maximum(divide_or_zero(lowest, self.scale), diagonal)
-        shares = low.new_tensor([1 / 64, 1 / 16, 1 / 4, 1.0, 4.0, 16.0]).unsqueeze(1)
-        trials = torch.cat([low.unsqueeze(0), low * (1 + rtol * shares), torch.ones_like(low).unsqueeze(0)])
-        low, high = self._around_ritz(trials)
-        return low * self.scale, high * self.scale
+        diagonal = self.alphas if self.counts is None else np.where(self.counts, self.alphas, 0.0)  # no entry exceeds θ
+        low = np.maximum(self.divided(lowest), diagonal.max(0).clip(min=0))
+        return self._around_ritz(np.stack([low, *[low * (1 + rtol * share) for share in _SHARES], np.ones_like(low)]))
 
-    def ritz(self, low: Tensor, high: Tensor) -> Tensor:
-        """The largest Ritz value θ, from below and down to the rounding of the coefficients: (B,).
+    def divided(self, values: Array) -> Array:
+        """Values divided by `scale`, 0 where that is 0."""
+        return values / np.where(self.scale > 0, self.scale, np.inf)
+
+    def ritz(self, low: Array, high: Array) -> Array:
+        """The largest Ritz value θ, from below and down to the rounding of the coefficients: (B,), divided by `scale`.
 
         Args:
-            low: ends of an interval that holds it, (B,), not divided by `scale`.
+            low: ends of an interval that holds it, (B,), divided by `scale`.
             high: the other ends.
         """
-        low, high = divide_or_zero(low, self.scale), divide_or_zero(high, self.scale)
-        widest = number_if_at_hand((high - low).amax())
-        width = 1.0 if isinstance(widest, Tensor) else max(widest, self.eps)
-        fractions = torch.linspace(0, 1, 5, dtype=low.dtype, device=low.device).unsqueeze(1)
-        for _ in range(math.ceil(math.log(width / self.eps, 4))):  # every round divides the interval by 4
+        fractions = np.linspace(0, 1, 5)[:, None]
+        widest = max(float((high - low).max(initial=0.0)), self.eps)
+        for _ in range(math.ceil(math.log(widest / self.eps, 4))):  # every round divides the interval by 4
             low, high = self._around_ritz(low + (high - low) * fractions)
         return low
 
-    def _around_ritz(self, points: Tensor) -> tuple[Tensor, Tensor]:
+    def _around_ritz(self, points: Array) -> tuple[Array, Array]:
         """Between which two of some rising points θ lies, if it does between the first and the last: (B,), (B,)."""
-        below = self.is_beyond(points[1:-1]).logical_not().sum(0, keepdim=True)
-        return points.gather(0, below).squeeze(0), points.gather(0, below + 1).squeeze(0)
+        below = np.logical_not(self.is_beyond(points[1:-1])).sum(0, keepdims=True)
+        return np.take_along_axis(points, below, 0)[0], np.take_along_axis(points, below + 1, 0)[0]
 
-    def is_narrow(self, lowest: Tensor, log_weight: Tensor, rtol: float) -> Tensor:
-        """Whether the bracket is no wider than `rtol` if θ reaches `lowest`, not divided by `scale`: (B,) bool."""
-        target = (
-            divide_or_zero(lowest, self.scale) * (1 - self.lower_slack) / (1 + self.slack) / (1 - min(rtol, 0.99)) ** 2
-        )
-        log_k = self.log_christoffel(target.unsqueeze(0)).squeeze(0)
-        return (log_k >= -log_weight) | (self.scale == 0)
+    def is_narrow(self, low: Array, log_weight: Array, rtol: float) -> Array:
+        """Whether the bracket is no wider than `rtol` if θ reaches `low`, divided by `scale`: (B,) bool."""
+        target = low * (1 - self.lower_slack) / (1 + self.slack) / (1 - min(rtol, 0.99)) ** 2
+        return (self.log_christoffel(target[None])[0] >= -log_weight) | (self.scale == 0)
 
-    def log_christoffel(self, mu: Tensor) -> Tensor:
+    def log_christoffel(self, mu: Array) -> Array:
         """log K(μ) at (points, B), −∞ up to the largest Ritz value."""
-        ratios = self.ratios(mu)
-        beyond = (ratios > 0).all(0)
-        logs = torch.where(beyond, ratios, 1.0).log()
-        log_squares = self._counted(2 * logs.cumsum(0), -torch.inf)
-        log_k = torch.logaddexp(log_squares.logsumexp(0), torch.zeros_like(mu))
-        return torch.where(beyond, log_k, -torch.inf)
+        pivots = self.pivots(mu)
+        beyond = np.all(pivots > 0, axis=0)
+        log_squares = 2 * np.cumsum(np.log(np.where(beyond, pivots, 1.0) / self.betas[:, None]), axis=0)
+        if self.counts is not None:
+            log_squares = np.where(self.counts[:, None], log_squares, -np.inf)
+        largest = log_squares.max(0).clip(min=0)  # p_0 = 1
+        log_k = largest + np.log(np.exp(-largest) + np.exp(log_squares - largest).sum(0))
+        return np.where(beyond, log_k, -np.inf)
 
 
-def _least_pivot(library: Any, mu: Any, alphas: Any, sq_betas: Any) -> Any:
-    """The least of d_1 = μ − α_1 and d_j = μ − α_j − β²_{j−1}/d_{j−1}, of the sign of p_j/p_{j−1}; arrays or tensors."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        pivot = least = mu - alphas[0]
-        for alpha, sq_beta in zip(alphas[1:], sq_betas, strict=False):
-            pivot = mu - alpha - sq_beta / pivot
-            least = library.minimum(least, pivot)
-    return least
+_SHARES = (1 / 64, 1 / 16, 1 / 4, 1.0, 4.0, 16.0)
 
 
-def _continue_fractions(numerators: Any, betas: Any) -> None:
-    """Write (s_1, s_2, …) over by r_1 = s_1/β_1 and r_j = (s_j − β_{j−1}/r_{j−1})/β_j; arrays or tensors."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        numerators[0] /= betas[0]
-        for j in range(1, len(numerators)):
-            numerators[j] -= betas[j - 1] / numerators[j - 1]
-            numerators[j] /= betas[j]
-
-
-def _bracket_of_recurrence(recurrence: _Recurrence, between: tuple[Tensor, Tensor], log_weight: Tensor) -> Bracket:
-    """From the coefficients to the bracket of the largest singular value, √ of that of the eigenvalue: (B,)."""
-    ritz = recurrence.ritz(*between)
-    upper = ritz * (1 + _christoffel_root(recurrence, ritz, log_weight).exp())
+def _ends_of_recurrence(recurrence: _Recurrence, lowest: Array, log_weight: Array, rtol: float) -> tuple[Array, Array]:
+    """From the coefficients to the bracket of the largest singular value, √ of that of the eigenvalue: (B,), (B,)."""
+    ritz = recurrence.ritz(*recurrence.ritz_between(lowest, rtol))
+    upper = ritz * (1 + np.exp(_christoffel_root(recurrence, ritz, log_weight)))
     lower, upper = ritz * (1 - recurrence.lower_slack), upper * (1 + recurrence.slack)
-    return Bracket((lower * recurrence.scale).sqrt(), (upper * recurrence.scale).sqrt())
+    return np.sqrt(lower * recurrence.scale), np.sqrt(upper * recurrence.scale)
 
 
-def _christoffel_root(recurrence: _Recurrence, ritz: Tensor, log_weight: Tensor) -> Tensor:
+def _christoffel_root(recurrence: _Recurrence, ritz: Array, log_weight: Array) -> Array:
     """log((μ − θ)/θ) where K(μ) = 1/t, or just beyond: Newton steps kept between points that are known to lie on its sides.
 
     Two points a hundredth of the bracket's width apart are tried at a time: their difference is the slope, and in the end
     the root lies between them. A sample whose root is found rests, so that it does not depend on the samples beside it.
     """
-    low = torch.full_like(ritz, math.log(recurrence.eps) - 2)
+    low = np.full_like(ritz, math.log(recurrence.eps) - 2)
     # there p_1 = (μ − α_1)/β_1 alone makes K large enough
-    high = 2 - log_weight / 2 + divide_or_zero(recurrence.betas[0, 0], ritz).clamp(min=1).log()
-    pair = torch.tensor([[0.0], [_ROOT_TOLERANCE]], dtype=ritz.dtype, device=ritz.device)
-    point = torch.full_like(ritz, -2.0)
+    first = recurrence.betas[0] / np.where(ritz > 0, ritz, np.inf)
+    high = 2 - log_weight / 2 + np.log(first.clip(min=1))
+    pair = np.array([[0.0], [_ROOT_TOLERANCE]])
+    point = np.full_like(ritz, -2.0)
     for _ in range(_ROOT_STEPS):  # seldom more than four
         points = point + pair
-        excess = recurrence.log_christoffel(ritz * (1 + points.exp())) + log_weight
+        excess = recurrence.log_christoffel(ritz * (1 + np.exp(points))) + log_weight
         searching = high - low > 2 * _ROOT_TOLERANCE
-        low = torch.maximum(low, torch.where(searching & (excess < 0), points, -torch.inf).amax(0))
-        high = torch.minimum(high, torch.where(searching & (excess >= 0), points, torch.inf).amin(0))
-        if bool((high - low <= 2 * _ROOT_TOLERANCE).all()):
+        low = np.maximum(low, np.where(searching & (excess < 0), points, -np.inf).max(0))
+        high = np.minimum(high, np.where(searching & (excess >= 0), points, np.inf).min(0))
+        if np.all(high - low <= 2 * _ROOT_TOLERANCE):
             break
-        slope = (excess[1] - excess[0]) / _ROOT_TOLERANCE
-        newton = point - excess[0] / slope - _ROOT_TOLERANCE / 2
-        point = torch.where((newton > low - _ROOT_TOLERANCE) & (newton < high), newton, (low + high) / 2)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            newton = point - excess[0] * _ROOT_TOLERANCE / (excess[1] - excess[0]) - _ROOT_TOLERANCE / 2
+        point = np.where((newton > low - _ROOT_TOLERANCE) & (newton < high), newton, (low + high) / 2)
     return high
 
 

@@ -661,3 +661,16 @@ def test_a_hook_on_a_node_is_no_violation():
     weight, h = model.first.weight.detach(), model.first(x).detach()
     expected = 100 * torch.linalg.matrix_norm((h > 0).unsqueeze(2) * weight, 2)
     ref.assert_close(report.layers[1].jacobian_norm, expected.double(), 1e-5)
+
+
+def test_wide_layers_that_are_done_before_narrow_ones():
+    torch.manual_seed(0)
+    model = cases.mlp(80, 60, 120, 3).double()
+    with torch.no_grad():
+        model[2].weight += 20 * torch.randn(120, 1) @ torch.randn(1, 60)  # nearly of rank one
+    x, y = torch.randn(9, 80, dtype=torch.float64), torch.randint(3, (9,))
+    report = evaluate_inequality(model, x, y, method="krylov", rtol=1e-4)
+    for layer, prefix in zip(report.layers[1:], (model[:2], model[:4]), strict=True):
+        exact = torch.stack([torch.linalg.matrix_norm(torch.autograd.functional.jacobian(prefix, row), 2) for row in x])
+        ref.assert_close(layer.jacobian_norm, exact, 1e-4)
+        assert (exact <= layer.jacobian_norm_upper * (1 + 1e-12)).all()
