@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 from measure import CALLS
+from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 WARM_UP = 9  # steps: gradpen looks for mixed samples in steps 1, 2, 3, 5, 9, …
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot"}
@@ -35,12 +37,13 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        self.calls.append(Call(func, args, kwargs or {}))
+        # aliases: autograd copies a gradient that it is not alone in referring to
+        self.calls.append(Call(func, *tree_map_only(Tensor, Tensor.detach, (args, kwargs or {}))))
         return func(*args, **(kwargs or {}))
 
 
 def recorded(step: Callable[[], object]) -> list[Call]:
-    """The kernels of CALLS steps in their order, backward passes included; they keep the steps' tensors."""
+    """The kernels of CALLS steps in their order, backward passes included; they keep what the steps' tensors hold."""
     for _ in range(WARM_UP):
         step()
     with _Recorder() as recorder:

@@ -93,7 +93,7 @@ class GradPenalty(nn.Module):
     @property
     def takes_mean(self) -> bool:
         """Whether R is the mean of the squared norms, so that `reduce` does not need the single ones."""
-        return self.squared
+        return self.squared and type(self).reduce in (GradPenalty.reduce, InputGradPenalty.reduce)
 
     def reduce(self, norms: GroupNorms) -> Tensor:
         """R: the mean over samples of ‖·‖², or of ‖·‖."""
@@ -196,7 +196,7 @@ class InputGradPenalty(GradPenalty):
     @property
     def takes_mean(self) -> bool:
         """Whether R is the mean of the squared norms, so that `reduce` does not need the single ones."""
-        return self.squared and self.target is None
+        return self.target is None and super().takes_mean
 
     def reduce(self, norms: GroupNorms) -> Tensor:
         """R: the mean over samples of ‖·‖², of ‖·‖, or of (‖·‖ − target)²."""

@@ -11,6 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from gradpen import ParamGradPenalty
+
 for needed in ("matplotlib", "rich", "sklearn", "tensorboard", "torchvision"):
     pytest.importorskip(needed, reason='the benchmarks need pip install "gradpen[bench]"')
 
@@ -27,6 +29,7 @@ import spectral_methods  # noqa: E402
 import straight_line  # noqa: E402
 import tables  # noqa: E402
 import workload  # noqa: E402
+
 
 JOBS = contenders.jobs()
 NOT_FOR_ALL = ("BackPACK", "Opacus")  # may not be installed
@@ -90,6 +93,11 @@ def test_peak_memory_counts_what_lives_at_one_time():
         return second + 1
 
     assert memory.peak_bytes(step) == pytest.approx(2e6, rel=0.01)
+
+
+def test_recording_makes_autograd_copy_no_gradients(work):
+    calls = breakdown.recorded(contenders.objective_step(work.copied(), [ParamGradPenalty(0.1)]))
+    assert not [call for call in calls if call.kernel is torch.ops.aten.copy_.default]
 
 
 def test_recorded_kernels_are_those_of_the_step(work):

@@ -773,3 +773,13 @@ def test_batch_norm_statistics_move_once():
         trained = copy.deepcopy(model)
         PenalizedLoss(F.cross_entropy, ParamGradPenalty(over="batch", method=method))(trained, x, y)
         assert all(torch.equal(a, b) for a, b in zip(trained.buffers(), plain.buffers(), strict=True))
+
+
+def test_a_reduction_of_ones_own_is_given_the_single_norms():
+    class Largest(InputGradPenalty):
+        def reduce(self, norms):
+            return norms.sq_norms.max()
+
+    model, x, y, criterion = cases.find("tanh").problem(5)
+    found = PenalizedLoss(criterion, Largest(0.1))(model, x, y).penalties["input"]
+    torch.testing.assert_close(found, input_grad_sq_norm(model, x, y, criterion=criterion).max())
