@@ -30,7 +30,6 @@ import straight_line  # noqa: E402
 import tables  # noqa: E402
 import workload  # noqa: E402
 
-
 JOBS = contenders.jobs()
 NOT_FOR_ALL = ("BackPACK", "Opacus")  # may not be installed
 
