@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import peers
@@ -20,6 +21,7 @@ from gradpen.penalties import GradPenalty
 INPUT_WEIGHT, PARAM_WEIGHT, BATCH_WEIGHT, OUTPUT_WEIGHT = 0.1, 0.01, 0.1, 0.01
 RADIUS = 0.05  # of SAM and of the finite difference that equals it
 EVERY = 4
+BY_HAND, WRITTEN_OUT = "by hand", "and without autograd"
 
 Step = Callable[[], Tensor]  # returns R, or the norms, without a graph
 Who = Literal["gradpen", "straight line", "peer"]
@@ -72,6 +74,7 @@ def jobs() -> list[Job]:
             True,
             (
                 _straight(lambda work: straight_line.input_step(work, INPUT_WEIGHT)),
+                _written_out(lambda work: straight_line.written_out_step(work, INPUT_WEIGHT)),
                 _objective(lambda: [InputGradPenalty(INPUT_WEIGHT)]),
                 Contender("added to a loss, two forward passes", "gradpen", _added_input_penalty),
                 _peer("double backprop by hand", lambda w: peers.double_backprop_input_step(w, INPUT_WEIGHT)),
@@ -85,6 +88,7 @@ def jobs() -> list[Job]:
             True,
             (
                 _straight(lambda work: straight_line.param_step(work, PARAM_WEIGHT)),
+                _written_out(lambda work: straight_line.written_out_step(work, param_weight=PARAM_WEIGHT)),
                 _objective(lambda: [ParamGradPenalty(PARAM_WEIGHT)]),
                 Contender("BackPACK, create_graph", "peer", _backpack_param_step),
                 Contender("Opacus", "peer", _opacus_param_step),
@@ -99,6 +103,7 @@ def jobs() -> list[Job]:
             True,
             (
                 _straight(lambda work: straight_line.both_step(work, INPUT_WEIGHT, PARAM_WEIGHT)),
+                _written_out(lambda work: straight_line.written_out_step(work, INPUT_WEIGHT, PARAM_WEIGHT)),
                 _objective(lambda: [InputGradPenalty(INPUT_WEIGHT), ParamGradPenalty(PARAM_WEIGHT)]),
             ),
         ),
@@ -164,7 +169,8 @@ def jobs() -> list[Job]:
             2.35,
             True,
             (
-                Contender("by hand", "straight line", _straight_projection),
+                Contender(BY_HAND, "straight line", _straight_projection),
+                Contender(WRITTEN_OUT, "straight line", _written_out_projection),
                 Contender("PenalizedLoss", "gradpen", _projected_objective),
                 Contender("Jacobian regulariser by hand", "peer", _jacobian_regularizer),
             ),
@@ -176,7 +182,8 @@ def jobs() -> list[Job]:
             1.35,
             True,
             (
-                Contender("by hand", "straight line", _straight_lazy),
+                Contender(BY_HAND, "straight line", partial(_straight_lazy, straight_line.input_step)),
+                Contender(WRITTEN_OUT, "straight line", partial(_straight_lazy, straight_line.written_out_step)),
                 _objective(lambda: [InputGradPenalty(INPUT_WEIGHT, every_n_steps=EVERY)]),
             ),
         ),
@@ -198,7 +205,11 @@ def objective_step(work: Workload, penalties: list[GradPenalty]) -> Step:
 
 
 def _straight(step: Callable[[Workload], Tensor]) -> Contender:
-    return Contender("by hand", "straight line", lambda work: lambda: step(work))
+    return Contender(BY_HAND, "straight line", lambda work: lambda: step(work))
+
+
+def _written_out(step: Callable[[Workload], Tensor]) -> Contender:
+    return Contender(WRITTEN_OUT, "straight line", lambda work: lambda: step(work))
 
 
 def _peer(name: str, step: Callable[[Workload], Tensor]) -> Contender:
@@ -242,6 +253,16 @@ def _straight_projection(work: Workload) -> Step:
     return lambda: straight_line.projection_step(work, OUTPUT_WEIGHT, generator)
 
 
+def _written_out_projection(work: Workload) -> Step:
+    generator = torch.Generator().manual_seed(0)
+
+    def step() -> Tensor:
+        directions = straight_line.scaled_directions(work.y.new_empty(len(work.y), 10, dtype=work.x.dtype), generator)
+        return straight_line.written_out_step(work, OUTPUT_WEIGHT, directions=directions)
+
+    return step
+
+
 def _projected_objective(work: Workload) -> Step:
     generator = torch.Generator().manual_seed(0)
     return objective_step(
@@ -254,14 +275,14 @@ def _jacobian_regularizer(work: Workload) -> Step:
     return lambda: peers.jacobian_regularizer_step(work, OUTPUT_WEIGHT, generator)
 
 
-def _straight_lazy(work: Workload) -> Step:
+def _straight_lazy(input_step: Callable[[Workload, float], Tensor], work: Workload) -> Step:
     calls = 0
 
     def step() -> Tensor:
         nonlocal calls
         calls += 1
         if calls % EVERY == 1:
-            return straight_line.input_step(work, EVERY * INPUT_WEIGHT)
+            return input_step(work, EVERY * INPUT_WEIGHT)
         straight_line.plain_step(work)
         return work.x.new_zeros(())
 

@@ -68,6 +68,6 @@ def _measured(row: Results) -> bool:
 
 
 def _first(row: Results, who: str) -> list[Results]:
-    """The entry that stands for `who`: gradpen's first, the cheapest peer."""
+    """The entry that stands for `who`: gradpen's first, of all others the cheapest."""
     entries = [entry for entry in row["entries"] if entry["who"] == who and "ratio" in entry]
-    return sorted(entries, key=lambda entry: entry["ratio"])[:1] if who == "peer" else entries[:1]
+    return entries[:1] if who == "gradpen" else sorted(entries, key=lambda entry: entry["ratio"])[:1]

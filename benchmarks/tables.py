@@ -42,7 +42,10 @@ def _main_table(rows: list[Results]) -> str:
     lines = []
     for row in rows:
         groups = [[entry for entry in row["entries"] if entry["who"] == who] for who in WHO]
-        cells = [_entries(group, named=who != "straight line") for who, group in zip(WHO, groups, strict=True)]
+        cells = [
+            _entries(group, named=who != "straight line" or len(group) > 1)
+            for who, group in zip(WHO, groups, strict=True)
+        ]
         lines.append([row["title"], _floor(row["floor"]), f"≤ {row['target']:g}", *cells])
     return "**Costs in plain steps** (median, and the quartiles)\n\n" + table(
         ["work", "floor", "target", *WHO.values()], lines
