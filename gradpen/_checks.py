@@ -12,6 +12,10 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 
+class NotFiniteError(ValueError):
+    """The network maps some samples to NaN or infinity, or its layers are out of range: neither side is defined."""
+
+
 def check_weight(weight: float | Callable[[int], float]) -> None:
     """A number >= 0, or a callable of the step."""
     if callable(weight):

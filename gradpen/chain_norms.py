@@ -282,7 +282,7 @@ def differentiable(
 ) -> Differentiable:
     """The output, for each f its squared norms, and the data loss if there is one: one node of the graph."""
     output, value, *found = _Chain.apply(chain, measured, data_loss, *chain.leaves)
-    remaining = iter(found)
+    remaining = iter([as_own(one) if one.dim() == 0 else one for one in found])  # the others are reduced before use
     output, value = as_own(output), None if value is None else as_own(value)
     return Differentiable(output, value, [list(islice(remaining, len(norms))) for _, norms in measured])
 
@@ -309,7 +309,7 @@ class _Chain(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
         ctx.measured = measured
-        ctx.data_loss = None if data_loss is None else data_loss[1:]  # its value will refer to this node
+        ctx.data_loss = None if data_loss is None else data_loss[1:]
         ctx.between = [between.without_tensors() for between in chain.between]
         rows: list[Sequence[Any]] = chain.rows
         found = []
@@ -348,7 +348,8 @@ def nothing_written_over(cotangents: Iterable[Tensor | None]) -> Iterator[Callab
 
     What is found is to be given to the function in the end, which takes off a graph that nobody wants.
     """
-    if torch.is_grad_enabled() or not any(one is not None and is_batched(one) for one in cotangents):
+    in_transform = torch._C._functorch.peek_interpreter_stack() is not None
+    if torch.is_grad_enabled() or not (in_transform or any(one is not None and is_batched(one) for one in cotangents)):
         yield lambda found: found
         return
     with torch.enable_grad():
@@ -468,11 +469,10 @@ def _sweep_backward(chain: DenseChain, delta: Tensor | None, gathered: _Gathered
     n = len(chain.weights)
     weights: list[Tensor | None] = [None] * n
     biases: list[Tensor | None] = [None] * n
-    ones = chain.hidden[0].new_ones(len(chain.hidden[0]))
     for t in reversed(range(n)):
         weights[t] = _add_product(gathered.weights[t], delta, chain.hidden[t])
         if delta is not None and chain.biases[t] is not None:
-            biases[t] = torch.mv(delta.t(), ones)  # a sum over the samples, as a product, which is quicker
+            biases[t] = delta.sum(0)
         if t > 0:
             pushed = _push(gathered.hidden[t], delta, chain.weights[t], like=chain.hidden[t])
             scale = gathered.scales[t]

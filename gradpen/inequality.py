@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradpen import _checks
+from gradpen._checks import NotFiniteError as NotFiniteError
 from gradpen._numerics import divide_or_zero, row_sq_norm, widest_float
 from gradpen.chain_terms import chain_of
 from gradpen.cut_layers import CutLayer, layers_in_sum
@@ -20,10 +21,6 @@ from gradpen.recording import Recording, RngState, record_forward
 from gradpen.report import ExcludedLayer, InequalityReport, LayerTerms, ratio_or_nan
 from gradpen.sides import Sides, both_sides, output_cotangents
 from gradpen.terms import select_parameters
-
-
-class NotFiniteError(ValueError):
-    """The network maps some samples to NaN or infinity, for which neither side is defined."""
 
 
 def evaluate_inequality(
@@ -156,7 +153,9 @@ def _assemble(
         rhs=sides.param_sq_norm,
         lhs_lower=lhs_lower,
         lhs_upper=lhs_upper,
-        holds=~(lhs_lower > sides.param_sq_norm * (1 + allowance)),  # what overflowed is no violation
+        holds=~(
+            lhs_lower.isfinite() & (lhs_lower > sides.param_sq_norm * (1 + allowance))
+        ),  # what overflowed says nothing
         input_grad_sq_norm=sides.input_sq_norm,
         param_grad_sq_norm=sides.param_sq_norm,
         batch_grad_sq_norm=sides.batch_sq_norm,

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradpen._checks import NotFiniteError
 from gradpen._numerics import divide_or_zero, widest_float
 
 MatVec = Callable[[Tensor], Tensor]
@@ -158,11 +159,20 @@ def normal_start(shape: tuple[int, int], support: Tensor | None, like: Tensor, s
 
 
 def _factors_to_unit(product: Tensor) -> Tensor | None:
-    """Powers of two that bring rows whose squares would under- or overflow to about 1: (B, 1); None if there are none."""
+    """Powers of two that bring rows whose squares would under- or overflow to about 1: (B, 1); None if there are none.
+
+    Raises:
+        NotFiniteError: if the products themselves overflow.
+    """
     largest, info = product.abs().amax(1, keepdim=True), torch.finfo(product.dtype)
-    far = (largest > 0) & ((largest < info.tiny**0.25) | (largest > info.max**0.25))
+    far = ~(((largest >= info.tiny**0.25) & (largest <= info.max**0.25)) | (largest == 0))
     if not bool(far.any()):
         return None
+    if not bool(largest.isfinite().all()):
+        raise NotFiniteError(
+            f"expected products with Jacobians and weights within the range of {product.dtype}, which some exceed: evaluate "
+            "a copy of the model in float64, or see whether the training has diverged"
+        )
     exponents = -largest.log2().round().clamp(min=2 - math.log2(info.max))  # of subnormal numbers it would be too large
     return torch.where(far, torch.exp2(exponents), 1.0)
 

@@ -975,3 +975,25 @@ def test_saved_tensors_that_go_through_hooks(kind, looked):
     assert packed
     torch.testing.assert_close(ref.flat_gradient(loss, model), expected)
     assert len(looked.found) == (2 if kind is nn.Sequential else 1)  # what is put away is not fetched to be looked at
+
+
+def test_hooks_on_a_penalty_run_only_if_it_is_differentiated():
+    model, x, y, criterion = cases.find("tanh").problem(5)
+    out = PenalizedLoss(criterion, InputGradPenalty(0.1))(model, x, y)
+    seen = []
+    out.penalties["input"].register_hook(seen.append)
+    out.data_loss.backward(retain_graph=True)
+    assert not seen
+    out.loss.backward()
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.1])
+def test_gradients_within_vmap(weight):
+    model, x, y, criterion = cases.find("tanh").problem(5)
+    parameters = list(model.parameters())
+    loss = PenalizedLoss(criterion, InputGradPenalty(weight), ParamGradPenalty(weight))(model, x, y).loss
+    scales = torch.tensor([1.0, 3.0], dtype=x.dtype)
+    found = torch.func.vmap(lambda scale: torch.autograd.grad(loss, parameters, scale, retain_graph=True))(scales)
+    for together, alone in zip(found, torch.autograd.grad(loss, parameters), strict=True):
+        torch.testing.assert_close(together, torch.stack([alone, 3 * alone]))

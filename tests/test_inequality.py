@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from gradpen import evaluate_inequality
+from gradpen.inequality import NotFiniteError
 
 CHAINS = [
     *[case for case in cases.DENSE if case.name not in {"functional"}],
@@ -674,3 +675,20 @@ def test_wide_layers_that_are_done_before_narrow_ones():
         exact = torch.stack([torch.linalg.matrix_norm(torch.autograd.functional.jacobian(prefix, row), 2) for row in x])
         ref.assert_close(layer.jacobian_norm, exact, 1e-4)
         assert (exact <= layer.jacobian_norm_upper * (1 + 1e-12)).all()
+
+
+def test_layers_out_of_range():
+    torch.manual_seed(0)
+    model, x, y = cases.mlp(30, 40, 40, 3), torch.randn(4, 30), torch.randint(3, (4,))
+    scaled(model, 1e10)
+    with pytest.raises(NotFiniteError, match="float64"):
+        evaluate_inequality(model, x, y, method="krylov")
+    report = evaluate_inequality(scaled(model.double(), 1e50), x.double(), y)  # ‖∇_x f‖² itself overflows
+    assert report.lhs.isinf().any() and report.holds.all()
+
+
+def scaled(model, factor):
+    with torch.no_grad():
+        for weight in (model[0].weight, model[2].weight, model[4].weight):
+            weight *= factor
+    return model
