@@ -48,7 +48,11 @@ class GraphWalk:
 
     def leads_through(self, kind: str, places: Iterable[Tensor]) -> bool:
         """Whether a node of a type whose name begins with `kind` lies between the root and one of the places."""
-        pending = [node for node in self.parents if type(node).__name__.startswith(kind)]
+        return self.leads_through_any([node for node in self.parents if type(node).__name__.startswith(kind)], places)
+
+    def leads_through_any(self, nodes: Collection[Any], places: Iterable[Tensor]) -> bool:
+        """Whether one of the nodes lies between the root and one of the places."""
+        pending = list(nodes)
         if not pending:
             return False
         wanted = {edge_of(tensor).node for tensor in places if tensor.requires_grad}
@@ -107,6 +111,20 @@ def differentiate(
     finally:
         for tensor, hooks in hooked:
             tensor._backward_hooks = hooks
+
+
+def differentiate_rows(outputs: Tensor, inputs: Sequence[Tensor], cotangents: Tensor) -> tuple[Tensor | None, ...]:
+    """`differentiate` for all of `cotangents` (K, *outputs.shape) at once, in what knows symbolic sizes: (K, …) each."""
+    used: list[int] = []
+
+    def one_row(cotangent: Tensor) -> tuple[Tensor, ...]:
+        found = differentiate(outputs, inputs, cotangent, create_graph=True)
+        used[:] = [index for index, gradient in enumerate(found) if gradient is not None]
+        return tuple(gradient for gradient in found if gradient is not None)
+
+    found = torch.vmap(one_row)(cotangents)
+    gradients = dict(zip(used, found, strict=True))
+    return tuple(gradients.get(index) for index in range(len(inputs)))
 
 
 Row = Sequence[Any]  # of tensors, or None: something for every layer, say

@@ -60,11 +60,7 @@ class _Pass:
         Raises:
             RuntimeError: if the first one has changed x.
         """
-        if self.versions != _versions(self.x):
-            raise RuntimeError(
-                "the model changes one of its inputs in place (`x += …`), so that a finite difference would compare its "
-                "values at two different inputs: replace the operation by an ordinary one (`x = x + …`)"
-            )
+        check_unchanged(self.x, self.versions)
 
 
 @dataclass
@@ -204,7 +200,7 @@ def evaluate_terms(
     others = _OtherStreams.of(model) if repeated else None
     rng = RngState.capture(torch_alone=others is None or not others.to_be_read())
     buffers = copied_buffers(model) if displaced else None
-    versions = _versions(x)
+    versions = versions_of(x)
     perhaps_chain &= not any(tensor.requires_grad for tensor in tensors_of(x))  # nobody wants derivatives in x
     calls = perhaps_chain or any(needs_deltas(term) for term in kinds)
     recording = record_forward(model, x, input_grad=input_grad, calls=calls)
@@ -521,9 +517,18 @@ def _finite_difference_norms(
     return torch.stack(norms)
 
 
-def _versions(x: Any) -> tuple[int, ...]:
+def versions_of(x: Any) -> tuple[int, ...]:
     """How often each tensor was changed in place; tensors made in inference mode do not count."""
     return tuple([tensor._version for tensor in tensors_of(x) if not tensor.is_inference()])
+
+
+def check_unchanged(x: Any, versions: tuple[int, ...]) -> None:
+    """A finite difference needs the x that the forward pass started from."""
+    if versions != versions_of(x):
+        raise RuntimeError(
+            "the model changes one of its inputs in place (`x += …`), so that a finite difference would compare its "
+            "values at two different inputs: replace the operation by an ordinary one (`x = x + …`)"
+        )
 
 
 def scalar_key(term: Term, criterion: Criterion) -> Any:

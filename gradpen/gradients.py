@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gradpen import _graph
 from gradpen._graph import differentiate
 from gradpen._numerics import row_sq_norm, sum_tensors
 from gradpen.recording import Recording
@@ -83,13 +84,17 @@ def jacobian_sq_norm(output: Tensor, recording: Recording) -> Tensor:
     basis = torch.eye(outputs, dtype=rows.dtype, device=rows.device).unsqueeze(1).expand(-1, rows.shape[0], -1)
     with recording.gate.towards_inputs():
         try:
-            gradients = differentiate(rows, recording.inputs, basis, create_graph=True, batched=True)
+            if torch.compiler.is_compiling():  # what is behind `batched` does not know symbolic sizes
+                gradients = _graph.differentiate_rows(rows, recording.inputs, basis)
+            else:
+                gradients = differentiate(rows, recording.inputs, basis, create_graph=True, batched=True)
         except RuntimeError as error:
-            warnings.warn(
-                f"the Jacobian is computed one output at a time, which is slow, because torch {torch.__version__} cannot "
-                f"run the backward pass for all of them at once: {str(error).splitlines()[0]}",
-                stacklevel=2,
-            )
+            if not torch.compiler.is_compiling():  # nor can a warning be traced
+                warnings.warn(
+                    f"the Jacobian is computed one output at a time, which is slow, because torch {torch.__version__} "
+                    f"cannot run the backward pass for all of them at once: {str(error).splitlines()[0]}",
+                    stacklevel=2,
+                )
             rows_of = [differentiate(rows, recording.inputs, cotangents, create_graph=True) for cotangents in basis]
             return sum_tensors([input_sq_norm(_used(gradients)) for gradients in rows_of])
     return input_sq_norm([gradient.transpose(0, 1) for gradient in _used(gradients)])
@@ -112,7 +117,10 @@ def projected_jacobian_sq_norm(
 
 def random_directions(outputs: Tensor, generator: torch.Generator | None) -> Tensor:
     """√K v for every sample, v uniform on the unit sphere of the K outputs: shaped as they are, (B, K)."""
-    normal = torch.randn(outputs.shape, generator=generator, device=outputs.device, dtype=torch.float32)
+    if generator is None:  # torch.randn(generator=…) knows no symbolic sizes, not even with None
+        normal = torch.randn(outputs.shape, device=outputs.device, dtype=torch.float32)
+    else:
+        normal = torch.randn(outputs.shape, generator=generator, device=outputs.device, dtype=torch.float32)
     return (normal / normal.norm(dim=1, keepdim=True) * outputs.shape[1] ** 0.5).to(outputs.dtype)
 
 

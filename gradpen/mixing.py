@@ -161,10 +161,13 @@ def find_mixed_calls_for_good(
     Raises:
         RuntimeError: as `find_mixed_calls`, and if this batch does not settle it for the next ones.
     """
+    if f.shape[0] == 1:
+        return frozenset()
     walk = walk_graph(f)
     check_unambiguous(walk, recording, gradients, f.shape[0])
-    mixed = find_mixed_calls(model, f, scalar, recording, gradients, walk)
-    if f.shape[0] > 1 and _key(model, f, scalar, recording, gradients, walk) not in _verdicts.get(model, {}):
+    key = _key(model, f, scalar, recording, gradients, walk)
+    mixed = _try_out(model, key, f, recording, gradients)  # an older verdict would hold for this batch, not for all
+    if key not in _verdicts.get(model, {}):
         raise RuntimeError(
             "expected gradients other than zero, from which can be seen that f_i depends on sample i alone, but for this "
             "batch some layer's are zero throughout: call the objective once without torch.compile on a batch whose are not"

@@ -57,13 +57,15 @@ class GradPenalty(nn.Module):
             leaves out and where the weight is 0.
         """
         _checks.check_model(model)
+        if torch.compiler.is_compiling():
+            _traced().renew_criteria(self)
         factor = self.advance(model)
-        if factor is None or (factor == 0 and not torch.compiler.is_compiling()):
+        if factor is None or factor == 0:
             return _zero(model, x)
-        norms = _evaluate_terms(model, x, y, [(self.term, self.taken_apart())], [self.takes_mean]).norms[0]
+        norms = _evaluate_terms(model, x, y, [(self.term, self.renewed_criterion())], [self.takes_mean]).norms[0]
         return factor * self.reduce(norms)
 
-    def taken_apart(self) -> Criterion:
+    def renewed_criterion(self) -> Criterion:
         """The criterion as it is now."""
         return self._criterion.renewed(F.cross_entropy if self.criterion is None else self.criterion)
 
@@ -345,6 +347,10 @@ class PenalizedLoss(nn.Module):
         self.penalties = nn.ModuleList(penalties)
         self._criterion = as_criterion(criterion)
 
+    def renewed_criterion(self) -> Criterion:
+        """The criterion as it is now."""
+        return self._criterion.renewed(self.criterion)
+
     def forward(self, model: nn.Module, x: Any, y: Any = None) -> PenalizedOutput:
         """One forward pass, everything computed from it.
 
@@ -354,15 +360,18 @@ class PenalizedLoss(nn.Module):
             y: target of shape (B, …), as the criterion takes it.
         """
         _checks.check_model(model)
+        compiling = torch.compiler.is_compiling()
+        if compiling:
+            _traced().renew_criteria(self)
         penalties = [penalty for penalty in self.penalties if isinstance(penalty, GradPenalty)]
-        criterion = self._criterion.renewed(self.criterion)
+        criterion = self.renewed_criterion()
         factors = [penalty.advance(model) for penalty in penalties]
         due = [(penalty, factor) for penalty, factor in zip(penalties, factors, strict=True) if factor is not None]
         terms = [
-            (penalty.term, criterion if penalty.criterion is None else penalty.taken_apart()) for penalty, _ in due
+            (penalty.term, criterion if penalty.criterion is None else penalty.renewed_criterion())
+            for penalty, _ in due
         ]
         means = [penalty.takes_mean for penalty, _ in due]
-        compiling = torch.compiler.is_compiling()
         weighted = compiling or any(factor != 0 for _, factor in due)
         evaluated = _evaluate_terms(model, x, y, terms, means, data=criterion, create_graph=weighted)
         data_loss = evaluated.data_loss
@@ -374,8 +383,10 @@ class PenalizedLoss(nn.Module):
                 values[penalty.name] = data_loss.new_zeros(())
                 continue
             values[penalty.name] = penalty.reduce(next(norms))
-            if compiling or factor != 0:  # what does not count may be infinite
-                loss = torch.add(loss, values[penalty.name], alpha=factor)
+            if factor != 0:  # what does not count may be infinite
+                term = values[penalty.name]
+                # to a compiled graph alpha is a constant, a factor is not: setting `weight` anew costs no compilation
+                loss = loss + factor * term if compiling else torch.add(loss, term, alpha=factor)
         if loss is data_loss:
             loss = data_loss.clone()  # `loss /= n` must leave the data loss alone
         return PenalizedOutput(loss, data_loss, values, evaluated.output)

@@ -11,12 +11,20 @@ Importing this file imports `torch._dynamo`, so it is done when a compilation ne
 from __future__ import annotations
 
 import contextlib
+import enum
+import functools
 import gc
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+import weakref
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._dynamo.variables.base import VariableTracker
+from torch._guards import TracingContext
+from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 
 from gradpen import (
@@ -38,6 +46,7 @@ from gradpen.terms import GroupNorms, InputTerm, ParamTerm, Term, select_paramet
 
 # put into the graph as they are: Dynamo refuses `torch.autograd.grad` and `requires_grad_`, the compiler behind it does not
 torch.compiler.allow_in_graph(_graph.differentiate)
+torch.compiler.allow_in_graph(_graph.differentiate_rows)
 torch.compiler.allow_in_graph(recording.requiring_grad)
 
 CallSignature = tuple[str, tuple[int, ...] | None]
@@ -53,6 +62,7 @@ class Known(NamedTuple):
     parameters: tuple[tuple[str, ...], ...]  # for every term, the names of the parameters that count
     plans: tuple[Plan, ...]  # for every term, what `param_norms.ParameterPlan` holds
     calls: tuple[CallSignature, ...]  # the layer calls of the forward pass, to be met again in the traced one
+    attributes: tuple[tuple[str, str], ...]  # (module, attribute) that a forward pass sets
 
 
 def evaluate_terms(model: nn.Module, x: Any, y: Any, terms: Sequence[tuple[Term, Criterion]]) -> Evaluation:
@@ -62,6 +72,13 @@ def evaluate_terms(model: nn.Module, x: Any, y: Any, terms: Sequence[tuple[Term,
         RuntimeError: as `evaluation.evaluate_terms`, and for what only eager mode can do: batches whose layout has to be
             verified every time, random numbers that a second forward pass draws again, a loop over the samples.
     """
+    if not terms:
+        return Evaluation(call_model(model, x), [])
+    trace = _number_of_trace()
+    parameters = dict(model.named_parameters())
+    for parameter in parameters.values():
+        id(parameter)  # a guard: the plans do not hold any more if weights are tied later
+    _spare_inputs()
     tensors: list[Tensor] = []
     layouts = _pack(x, tensors), _pack(y, tensors)
     known = Known(
@@ -79,7 +96,7 @@ def evaluate_terms(model: nn.Module, x: Any, y: Any, terms: Sequence[tuple[Term,
         input_grad=any(isinstance(term, InputTerm) for term, _ in terms),
         calls=any(evaluation.needs_deltas(term) for term, _ in terms),
     )
-    parameters = dict(model.named_parameters())
+    _check_one_trace(trace)
     _check_same_calls(forward, known, parameters)
     found: dict[int, tuple[Tensor, gradients.SampleGradients]] = {}
     norms = []
@@ -87,10 +104,12 @@ def evaluate_terms(model: nn.Module, x: Any, y: Any, terms: Sequence[tuple[Term,
         number = known.scalars[index]
         if number not in found:
             sharing = [other for (other, _), scalar in zip(terms, known.scalars, strict=True) if scalar == number]
-            found[number] = _scalar_gradients(forward, _scalar(term, criterion, y), sharing)
+            found[number] = _scalar_gradients(forward, _scalar(term, criterion, y), sharing, trace)
         f, rows = found[number]
         chosen = {name: parameters[name] for name in known.parameters[index]}
-        norms.append(_group_norms(model, x, y, forward, term, criterion, f, rows, chosen, known.plans[index]))
+        replay = functools.partial(_attributes_kept, model, known.attributes)
+        norms.append(_group_norms(model, x, y, forward, term, criterion, f, rows, chosen, known.plans[index], replay))
+    _check_one_trace(trace)
     return Evaluation(forward.output, norms)
 
 
@@ -123,12 +142,13 @@ def _scalar(term: Term, criterion: Criterion, target: Any) -> Callable[[Any], Te
 
 
 def _scalar_gradients(
-    forward: Recording, scalar: Callable[[Any], Tensor], sharing: Sequence[Term]
+    forward: Recording, scalar: Callable[[Any], Tensor], sharing: Sequence[Term], trace: int
 ) -> tuple[Tensor, gradients.SampleGradients]:
     """f, and its gradients as far as the terms that share it need them."""
     if all(isinstance(term, InputTerm) and term.of == "output" for term in sharing):
         return torch.zeros(()), gradients.SampleGradients([], {})
     f = scalar(forward.output)
+    _check_one_trace(trace)
     inputs = any(isinstance(term, InputTerm) and term.of != "output" and term.method == "exact" for term in sharing)
     deltas = any(evaluation.needs_deltas(term) for term in sharing)
     if not (inputs or deltas):
@@ -147,14 +167,15 @@ def _group_norms(
     rows: gradients.SampleGradients,
     parameters: Mapping[str, Tensor],
     plan: Plan,
+    replay: finite_difference.Replay,
 ) -> GroupNorms:
     if isinstance(term, InputTerm):
-        sq_norms = _input_sq_norms(model, x, y, forward, term, criterion, f, rows)
+        sq_norms = _input_sq_norms(model, x, y, forward, term, criterion, f, rows, replay)
         return GroupNorms(sq_norms)
     batch_size = f.shape[0]
     group_size = term.group_size(batch_size)
     if term.method == "finite_difference":
-        norm = _displaced_param_norm(model, x, term, _scalar(term, criterion, y), f, parameters)
+        norm = _displaced_param_norm(model, x, term, _scalar(term, criterion, y), f, parameters, replay)
         return GroupNorms(norm.reshape(1), are_squared=False)
     if term.over == "batch":
         sq_norms = param_norms.batch_param_sq_norm(f, list(parameters.values()))
@@ -165,7 +186,7 @@ def _group_norms(
         if mapped:
             chosen = {name: parameters[name] for name in mapped}
             scalar = _scalar(term, criterion, y)
-            found = param_norms.run_mapped(model, x, scalar, chosen, batch_size, group_size, contextlib.nullcontext)
+            found = param_norms.run_mapped(model, x, scalar, chosen, batch_size, group_size, replay)
             sq_norms = sq_norms + found.sq_norm()
     return GroupNorms(sq_norms, term.group_sizes(batch_size, f))
 
@@ -179,6 +200,7 @@ def _input_sq_norms(
     criterion: Criterion,
     f: Tensor,
     rows: gradients.SampleGradients,
+    replay: finite_difference.Replay,
 ) -> Tensor:
     if term.of == "output":
         if term.method == "exact":
@@ -194,7 +216,7 @@ def _input_sq_norms(
         forward.inputs,
         scheme=term.scheme,
         step=term.step,
-        replay=contextlib.nullcontext,
+        replay=replay,
     ).square()
 
 
@@ -205,6 +227,7 @@ def _displaced_param_norm(
     scalar: Callable[[Any], Tensor],
     f: Tensor,
     parameters: Mapping[str, Tensor],
+    replay: finite_difference.Replay = contextlib.nullcontext,
 ) -> Tensor:
     """‖∇_θ mean_i f_i‖ with a gradient from first derivatives: 0-dim. The model is known to draw no random numbers."""
     loss = f.mean()
@@ -219,8 +242,21 @@ def _displaced_param_norm(
         parameters,
         scheme=term.scheme,
         step=term.step,
-        replay=contextlib.nullcontext,
+        replay=replay,
     )
+
+
+@contextlib.contextmanager
+def _attributes_kept(model: nn.Module, attributes: Sequence[tuple[str, str]]) -> Iterator[None]:
+    """What a second forward pass leaves in these attributes is not what the data loss, or their owner, expects there."""
+    modules = [(model.get_submodule(path), name) for path, name in attributes]
+    kept = [(module, name, hasattr(module, name), getattr(module, name, None)) for module, name in modules]
+    yield
+    for module, name, was_there, value in kept:
+        if was_there:
+            setattr(module, name, value)
+        else:
+            delattr(module, name)
 
 
 # ---- the traced forward pass ----------------------------------------------------------------------------------------
@@ -289,6 +325,59 @@ def _weight_shape(call: Call) -> tuple[int, ...] | None:
 
 
 @torch.compiler.assume_constant_result
+def _number_of_trace() -> int:
+    """One for every graph that is being traced; 0 where none is."""
+    context = TracingContext.try_get()
+    return 0 if context is None else _traces.setdefault(context, next(_trace_numbers))
+
+
+_traces: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+_trace_numbers = itertools.count(1)
+
+
+def _check_one_trace(trace: int) -> None:
+    """Without ``fullgraph=True`` a graph may end within the model, and to the next one its activations are constants."""
+    if trace == 0 or _number_of_trace() != trace:
+        _refuse(
+            "expected the model and the criterion within one graph of torch.compile, but the graph breaks within them "
+            "(where Python branches on the value of a tensor, say), and no gradient leads from one graph to the other: "
+            "torch.compile(…, fullgraph=True) says where. Call the objective without torch.compile"
+        )
+
+
+@torch.compiler.assume_constant_result
+def _spare_inputs() -> None:
+    """Have what was computed within the compiled function before it came here be computed from copies.
+
+    For `_known` the compiler runs those operations on the real tensors, and if one is in place, runs it again later.
+    """
+    output = InstructionTranslator.current_tx().output
+    for node in output.graph.find_nodes(op="placeholder"):
+        example = node.meta.get("example_value")
+        if isinstance(example, Tensor) and example._version > 0 and "grapharg" in node.meta:
+            output.real_value_cache.setdefault(node, _copied(node.meta["grapharg"].example))
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """With the graph behind it, if there is one."""
+    if tensor.requires_grad and not tensor.is_leaf:
+        return tensor.clone()
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+
+
+def renew_criteria(owner: nn.Module) -> None:
+    """Have criteria be taken apart again that are others by now: what does that cannot be traced."""
+    _renew_criteria(id(owner))
+
+
+@torch.compiler.assume_constant_result
+def _renew_criteria(owner_id: int) -> None:
+    for module in _alive({owner_id})[owner_id].modules():
+        if hasattr(module, "_criterion"):
+            module._criterion = module.renewed_criterion()
+
+
+@torch.compiler.assume_constant_result
 def _refuse(message: str) -> None:
     """Raise while tracing: of what traced code raises, not every torch shows the message."""
     raise RuntimeError(message)
@@ -302,10 +391,13 @@ def _pack(x: Any, tensors: list[Tensor]) -> Any:
     if isinstance(x, Tensor):
         tensors.append(x)
         return ("tensor", len(tensors) - 1)
+    if isinstance(x, (int, float)) and not isinstance(x, (bool, enum.Enum)):  # to the compiler perhaps a variable
+        tensors.append(torch.tensor(x, dtype=torch.int64 if isinstance(x, int) else torch.float64))
+        return ("number", len(tensors) - 1)
     if isinstance(x, Mapping):
         return ("dict", tuple((key, _pack(value, tensors)) for key, value in x.items()))
     if isinstance(x, (tuple, list)):
-        kind = type(x) if hasattr(x, "_fields") else "tuple"
+        kind = type(x) if hasattr(x, "_fields") else "list" if isinstance(x, list) else "tuple"
         return (kind, tuple(_pack(value, tensors) for value in x))
     return ("constant", x)
 
@@ -315,6 +407,10 @@ def _unpack(layout: Any, tensors: Sequence[Tensor]) -> Any:
     match kind:
         case "tensor":
             return tensors[content]
+        case "number":
+            return tensors[content].item()
+        case "list":
+            return [_unpack(value, tensors) for value in content]
         case "dict":
             return {key: _unpack(value, tensors) for key, value in content}
         case "tuple":
@@ -336,15 +432,19 @@ def _known(
     model = cast(nn.Module, objects[model_id])
     terms = [cast(Term, objects[term_id]) for term_id in term_ids]
     criteria = [cast(Criterion, objects[criterion_id]) for criterion_id in criterion_ids]
-    x, y = (_unpack(layout, tensors) for layout in layouts)
+    copies = [_copied(tensor) for tensor in tensors]  # the model may change its input in place
+    x, y = (_unpack(layout, copies) for layout in layouts)
     evaluation.check_call(model, terms)
     with state_kept(model):
-        rng = RngState.capture()
+        rng, versions, before = RngState.capture(), evaluation.versions_of(x), _attributes_of(model)
         with_calls = any(evaluation.needs_deltas(term) for term in terms)
         forward = recording.record_forward(
             model, x, input_grad=any(isinstance(term, InputTerm) for term in terms), calls=with_calls
         )
+        attributes = _changed(before, _attributes_of(model))
         drawn = not _same_state(rng, RngState.capture())
+        if any(term.method == "finite_difference" for term in terms):
+            evaluation.check_unchanged(x, versions)
         if any(term.method == "finite_difference" for term in terms) and not drawn:
             _check_repeats(model, x, forward.output)
         plans = tuple(
@@ -361,17 +461,34 @@ def _known(
             ),
             plans=plans,
             calls=tuple((call.op, _weight_shape(call)) for call in forward.calls) if with_calls else (),
+            attributes=attributes,
         )
     )
 
 
+def _attributes_of(model: nn.Module) -> dict[tuple[str, str], Any]:
+    """(module, attribute) → what is there, parameters, buffers and modules aside."""
+    return {(path, name): value for path, module in model.named_modules() for name, value in vars(module).items()}
+
+
+def _changed(
+    before: Mapping[tuple[str, str], Any], after: Mapping[tuple[str, str], Any]
+) -> tuple[tuple[str, str], ...]:
+    return tuple(place for place, value in after.items() if place not in before or before[place] is not value)
+
+
 def _alive(ids: set[int]) -> dict[int, Any]:
     """id → object."""
-    found = {id(candidate): candidate for candidate in gc.get_objects() if id(candidate) in ids}
+    found = {
+        id(candidate): candidate
+        for candidate in gc.get_objects()
+        if id(candidate) in ids and not isinstance(candidate, VariableTracker)  # of what is built while it is traced
+    }
     if len(found) < len(ids):
         raise RuntimeError(
             "within torch.compile, expected a model and penalties that were built before: build PenalizedLoss or the "
             "penalty outside the compiled function"
+            + (", and call gc.unfreeze(), since gc.freeze() has hidden them" if gc.get_freeze_count() else "")
         )
     return found
 
@@ -383,11 +500,29 @@ def _same_state(before: RngState, after: RngState) -> bool:
     return all(torch.equal(a, b) for a, b in zip((before.cpu, *before.cuda), (after.cpu, *after.cuda), strict=True))
 
 
-def _check_nothing_drawn(drawn: bool, reason: str) -> None:
+def _check_derivable_twice(walk: _graph.GraphWalk, places: Collection[Tensor]) -> None:
+    """Besides what eager mode cannot: to the compiler the backward of a Python function is a constant."""
+    _graph.check_derivable_twice(walk, places)
+    functions = {}
+    for node in walk.nodes:
+        function = getattr(node, "_forward_cls", None) if isinstance(node, BackwardCFunction) else None
+        if function in (None, recording._EntryLinear) or function.__module__.startswith("torch._higher_order_ops"):
+            continue  # the last ones are known to the compiler
+        functions[node] = function.__name__
+    if walk.leads_through_any(functions, places):
+        raise RuntimeError(
+            'method="exact" differentiates a gradient, and torch.compile takes the backward of a torch.autograd.Function '
+            f"for a constant, so that {', '.join(sorted(set(functions.values())))} cannot be differentiated twice: use "
+            'method="finite_difference", write the function in ordinary operations, or call the objective without '
+            "torch.compile"
+        )
+
+
+def _check_nothing_drawn(drawn: bool, reason: str, who: str = "the model") -> None:
     """A graph cannot put the generators back for a second forward pass."""
     if drawn:
         raise RuntimeError(
-            f"the model draws random numbers (dropout masks), and {reason}: that takes a second forward pass with the same "
+            f"{who} draws random numbers (dropout masks), and {reason}: that takes a second forward pass with the same "
             "ones, which is not possible within torch.compile. Put dropout into eval mode, or call the objective without "
             "torch.compile"
         )
@@ -417,14 +552,19 @@ def _plan(model: nn.Module, x: Any, y: Any, forward: Recording, term: Term, crit
                 "call the objective without torch.compile"
             )
         combination = evaluation.generic_combination(evaluation.check_output(forward))
-        _graph.check_derivable_twice(_graph.walk_graph(combination), forward.inputs)
+        _check_derivable_twice(_graph.walk_graph(combination), forward.inputs)
         _checked_mixed_calls(model, combination, evaluation.generic_combination, forward, deltas=False)
         return NO_PLAN
     scalar = term.scalar(criterion, y)
+    rng = RngState.capture()
     f = scalar(forward.output)
+    if term.method == "finite_difference":
+        _check_nothing_drawn(
+            not _same_state(rng, RngState.capture()), 'method="finite_difference" calls it again', who="the criterion"
+        )
     if term.method == "exact":
         places = forward.inputs if isinstance(term, InputTerm) else select_parameters(model, term.parameters).values()
-        _graph.check_derivable_twice(_graph.walk_graph(f), places)
+        _check_derivable_twice(_graph.walk_graph(f), places)
     if isinstance(term, InputTerm):
         _checks.check_input_rows(forward.inputs, f.shape[0])
         _checked_mixed_calls(model, f, scalar, forward, deltas=False)

@@ -150,6 +150,110 @@ def test_batches_of_other_sizes():
     assert counter.frame_count <= 3
 
 
+SIZES = {
+    "jacobian": [InputGradPenalty(0.1, of="output")],
+    "projection": [InputGradPenalty(0.1, of="output", method="projection")],
+}
+
+
+@needs_compilable_torch
+@pytest.mark.parametrize("name", SIZES)
+def test_jacobians_of_batches_of_other_sizes(name):
+    model, counter = (
+        small_mlp(outputs=1),
+        CompileCounterWithBackend("aot_eager"),
+    )  # one output: every projection is exact
+    objective = PenalizedLoss(F.mse_loss, *SIZES[name])
+    step = compiled(objective, counter)
+    for size in (BATCH, 8, 13):
+        x, y = torch.randn(size, 4, dtype=torch.float64), torch.randn(size, 1, dtype=torch.float64)
+        torch.testing.assert_close(one_step(step, model, x, y), one_step(objective, model, x, y))
+    assert counter.frame_count == 2
+
+
+class Scaled(nn.Module):
+    """Is given a number besides the tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = small_mlp()
+
+    def forward(self, x: Tensor, scale: float) -> Tensor:
+        return self.layers(scale * x)
+
+
+@needs_compilable_torch
+def test_numbers_in_the_input_may_change():
+    model, objective, (x, y) = Scaled().double(), PenalizedLoss(F.cross_entropy, InputGradPenalty(0.1)), batch_of()
+    counter = CompileCounterWithBackend("aot_eager")
+    step = compiled(objective, counter)
+    for scale in (0.5, 0.7, 1.5, 2.5):
+        given = {"x": x, "scale": scale}
+        torch.testing.assert_close(one_step(step, model, given, y), one_step(objective, model, given, y))
+    assert counter.frame_count == 2
+
+
+# ---- what changes after the compilation -----------------------------------------------------------------------------
+
+
+def tie(model: nn.Sequential, objective: PenalizedLoss) -> None:
+    model[2].weight = model[0].weight
+
+
+def set_criterion(model: nn.Sequential, objective: PenalizedLoss) -> None:
+    objective.criterion = nn.CrossEntropyLoss(label_smoothing=0.3)
+    objective.penalties[0].criterion = nn.CrossEntropyLoss(label_smoothing=0.2)
+
+
+def set_reduction(model: nn.Sequential, objective: PenalizedLoss) -> None:
+    objective.criterion.reduction = "sum"
+
+
+@needs_compilable_torch
+@pytest.mark.parametrize("change", [tie, set_criterion, set_reduction])
+def test_a_change_is_noticed(change):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double()
+    objective, (x, y) = PenalizedLoss(nn.CrossEntropyLoss(), ParamGradPenalty(0.1), InputGradPenalty(0.1)), batch_of()
+    step = compiled(objective)
+    for _ in range(2):  # the second step has a graph of its own
+        step(model, x, y)
+    change(model, objective)
+    torch.testing.assert_close(one_step(step, model, x, y), one_step(objective, model, x, y))
+
+
+@needs_compilable_torch
+def test_other_weights_are_no_new_graphs():
+    model, (x, y), counter = small_mlp(), batch_of(), CompileCounterWithBackend("aot_eager")
+    objective = PenalizedLoss(F.cross_entropy, InputGradPenalty(0.1), ParamGradPenalty(0.1))
+    step = compiled(objective, counter)
+    for number in range(12):
+        objective.penalties[0].weight = 0.1 * (number + 1)
+        torch.testing.assert_close(one_step(step, model, x, y), one_step(objective, model, x, y))
+    assert counter.frame_count <= 3
+
+
+class Mixing(nn.Module):
+    """Mixes the samples if told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.head, self.share = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5)), nn.Linear(5, 3), 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.layers(x)
+        return self.head(h + self.share * h.mean(0))
+
+
+@needs_compilable_torch
+def test_every_compilation_looks_at_the_samples():
+    model, step = Mixing().double(), compiled(PenalizedLoss(F.cross_entropy, InputGradPenalty(0.1)))
+    for size in (BATCH, BATCH, 8):
+        step(model, *batch_of(size))
+    model.share = 1.0
+    with pytest.raises(RuntimeError, match="mixes the samples"):
+        step(model, *batch_of())
+
+
 # ---- the step counter -----------------------------------------------------------------------------------------------
 
 
@@ -211,6 +315,88 @@ def test_looking_at_the_model_leaves_no_trace():
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), other.buffers(), strict=True))
 
 
+class ChangingItsInput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = small_mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x.mul_(2).sub_(0.3))
+
+
+@needs_compilable_torch
+def test_an_input_is_changed_in_place_once():
+    model, objective, (x, y) = ChangingItsInput(), PenalizedLoss(F.cross_entropy, ParamGradPenalty(0.1)), batch_of()
+    copied = x.clone()
+    expected = one_step(objective, model, copied, y)
+    torch.testing.assert_close(one_step(compiled(objective), model, x, y), expected)
+    assert torch.equal(x, copied)
+
+
+@needs_compilable_torch
+def test_what_precedes_the_objective_runs_once():
+    model, objective, (x, y) = small_mlp(), PenalizedLoss(F.cross_entropy, ParamGradPenalty(0.1)), batch_of()
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        x -= 1
+        return objective(model, x.mul_(3), y).loss
+
+    copied = x.clone()
+    expected = loss(copied, y)
+    torch.testing.assert_close(compiled(loss)(x, y), expected)
+    assert torch.equal(x, copied)
+
+
+class Remembering(nn.Module):
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        self.first, self.last, self.activation, self.hidden = nn.Linear(4, 5), nn.Linear(5, 3), activation, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.hidden = self.activation(self.first(x))
+        return self.last(self.hidden)
+
+
+@needs_compilable_torch
+@pytest.mark.parametrize("method", ["finite_difference", "mapped"])
+def test_attributes_are_those_of_the_first_pass(method):
+    model, (x, y) = Remembering(nn.PReLU() if method == "mapped" else nn.Tanh()).double(), batch_of()
+    penalty = ParamGradPenalty(0.1) if method == "mapped" else InputGradPenalty(0.1, method=method)
+
+    def criterion(output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(output, target, reduction="none") + model.hidden.square().mean(1)
+
+    objective = PenalizedLoss(F.cross_entropy if method == "mapped" else criterion, penalty)
+    assert_same_step(objective, model, x, y)
+    hidden = model.hidden.detach()
+    model(x)
+    torch.testing.assert_close(hidden, model.hidden.detach())
+
+
+@needs_compilable_torch
+def test_a_weight_of_0_keeps_infinities_out():
+    model, (x, y) = nn.Sequential(nn.Linear(4, 3)).double(), batch_of()
+
+    def root(output: Tensor, target: Tensor) -> Tensor:
+        return output.abs().sqrt().sum(1)
+
+    step = compiled(PenalizedLoss(F.cross_entropy, InputGradPenalty(0.0, of=root)))
+    step(model, x, y)
+    nn.init.zeros_(model[0].bias)
+    x[0] = 0
+    out = step(model, x, y)
+    assert not out.penalties["input"].isfinite() and out.loss.isfinite()
+
+
+@needs_compilable_torch
+def test_a_step_without_terms_needs_no_gradients():
+    model, (x, y) = small_mlp(), batch_of()
+    step = compiled(PenalizedLoss(F.cross_entropy, ParamGradPenalty(0.1, every_n_steps=2)))
+    step(model, x, y)
+    with torch.no_grad():
+        torch.testing.assert_close(step(model, x, y).loss, F.cross_entropy(model(x), y))
+
+
 # ---- what cannot be compiled says so --------------------------------------------------------------------------------
 
 
@@ -256,9 +442,43 @@ def compiled_inside() -> nn.Module:
     return model
 
 
+class Sine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * ctx.saved_tensors[0].cos()
+
+
+class WithSine(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(Sine.apply(self.first(x)))
+
+
+class Broken(nn.Module):
+    """Has two graphs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).tanh()
+        torch._dynamo.graph_break()
+        return self.last(h)
+
+
 REFUSED = {
     "mixed samples": (lambda: nn.Sequential(nn.Linear(4, 3), Centred()), {}, "mixes the samples"),
     "batch norm": (lambda: nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), {}, "mixes the samples"),
+    "a function of Python": (WithSine, {}, "Sine cannot be differentiated twice"),
     "other layers": (AskingTheCompiler, {}, "call the same layers"),
     "no gradient": (zero_head, {}, "gradients other than zero"),
     "compiled inside": (compiled_inside, {}, "Two ways work"),
@@ -292,6 +512,24 @@ def test_what_cannot_be_compiled(reason):
     model, (x, y) = build().double(), batch_of()
     with pytest.raises(RuntimeError, match=message):
         compiled(PenalizedLoss(F.cross_entropy, ParamGradPenalty(**options)))(model, x, y)
+
+
+@needs_compilable_torch
+@pytest.mark.parametrize(
+    "penalty", [ParamGradPenalty(), ParamGradPenalty(over="batch"), InputGradPenalty(method="finite_difference")]
+)
+def test_a_graph_that_breaks_within_the_model(penalty):
+    with pytest.raises(RuntimeError, match="within one graph"):
+        torch.compile(PenalizedLoss(F.cross_entropy, penalty), backend="aot_eager")(Broken().double(), *batch_of())
+
+
+@needs_compilable_torch
+def test_a_finite_difference_of_a_random_criterion():
+    def noisy(output: Tensor, target: Tensor) -> Tensor:
+        return (output - torch.rand_like(output)).square().sum(1)
+
+    with pytest.raises(RuntimeError, match="the criterion draws random numbers"):
+        compiled(PenalizedLoss(noisy, InputGradPenalty(method="finite_difference")))(small_mlp(), *batch_of())
 
 
 @needs_compilable_torch
