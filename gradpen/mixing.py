@@ -192,8 +192,9 @@ def check_unambiguous(walk: GraphWalk, recording: Recording, gradients: SampleGr
 def is_ambiguous(kinds: Collection[str], recording: Recording, gradients: SampleGradients, batch_size: int) -> bool:
     """Whether the next batch may be laid out otherwise though all shapes agree."""
     calls = [recording.calls[index] for index in gradients.deltas]
+    led_by_samples = [call for call in calls if call.input.shape[:1] == (batch_size,)]  # no other has a closed form
     return (
-        any(batch_size in closed_form.position_shape(call) for call in calls)
+        any(batch_size in closed_form.position_shape(call) for call in led_by_samples)
         or any(batch_size in gradient.shape[1:-1] for gradient in gradients.inputs)
         or any(kind.startswith(_REORDERING) for kind in kinds)
     )

@@ -193,6 +193,24 @@ def test_numbers_in_the_input_may_change():
     assert counter.frame_count == 2
 
 
+class SequenceFirst(nn.Module):
+    """Lays its tokens out before the samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x.transpose(0, 1)).tanh().mean(0))
+
+
+@needs_compilable_torch
+def test_a_model_whose_tokens_come_first():
+    objective = PenalizedLoss(F.cross_entropy, InputGradPenalty(0.1), ParamGradPenalty(0.1))
+    x, y = torch.randn(BATCH, 5, 4, dtype=torch.float64), torch.randint(3, (BATCH,))
+    assert_same_step(objective, SequenceFirst().double(), x, y)
+
+
 # ---- what changes after the compilation -----------------------------------------------------------------------------
 
 
