@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -237,7 +237,7 @@ def evaluate_terms(
         else:
             norms.append(_param_norms(forward, scalar, term, criterion, y, chosen, known))
         if not create_graph:  # some of them had to build one
-            norms[-1] = norms[-1]._replace(values=norms[-1].values.detach())
+            norms[-1] = replace(norms[-1], values=norms[-1].values.detach())
     recording.gate.closed = True
     return Evaluation(recording.output, norms, data_loss)
 

@@ -99,9 +99,9 @@ class GradPenalty(nn.Module):
 
     def reduce(self, norms: GroupNorms) -> Tensor:
         """R: the mean over samples of ‖·‖², or of ‖·‖."""
+        if norms.values.dim() == 0:  # that mean already
+            return norms.values
         values = norms.sq_norms if self.squared else norms.norms
-        if values.dim() == 0:
-            return values
         if norms.sizes is None:
             return values.mean()
         return (values * norms.sizes).sum() / norms.sizes.sum()

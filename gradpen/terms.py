@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -114,7 +114,8 @@ class ParamTerm:
 Term = InputTerm | ParamTerm
 
 
-class GroupNorms(NamedTuple):
+@dataclass
+class GroupNorms:
     """What a term came to.
 
     Attributes:
