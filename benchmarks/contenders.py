@@ -21,7 +21,7 @@ from gradpen.penalties import GradPenalty
 INPUT_WEIGHT, PARAM_WEIGHT, BATCH_WEIGHT, OUTPUT_WEIGHT = 0.1, 0.01, 0.1, 0.01
 RADIUS = 0.05  # of SAM and of the finite difference that equals it
 EVERY = 4
-BY_HAND, WRITTEN_OUT = "by hand", "and without autograd"
+BY_HAND, WRITTEN_OUT = "by hand", "by hand, without autograd"
 
 Step = Callable[[], Tensor]  # returns R, or the norms, without a graph
 Who = Literal["gradpen", "straight line", "peer"]

@@ -35,7 +35,7 @@ def input_step(work: Workload, weight: float) -> Tensor:
     """R_x = mean_i ‖∇_x f_i‖²."""
     work.model.zero_grad()
     forward = _forward(work)
-    deltas = _deltas(work, forward, _cotangent(work, forward.logits))
+    deltas = _deltas(work, forward, _cotangent(work, forward))
     return _backward(work, forward, weight, _input_penalty(work, deltas))
 
 
@@ -43,7 +43,7 @@ def param_step(work: Workload, weight: float) -> Tensor:
     """R_θ = mean_i ‖∇_θ f_i‖²."""
     work.model.zero_grad()
     forward = _forward(work)
-    deltas = _deltas(work, forward, _cotangent(work, forward.logits))
+    deltas = _deltas(work, forward, _cotangent(work, forward))
     return _backward(work, forward, weight, _param_sq_norms(forward, deltas).mean())
 
 
@@ -51,7 +51,7 @@ def both_step(work: Workload, input_weight: float, param_weight: float) -> Tenso
     """Both from one chain; returns R_x and R_θ."""
     work.model.zero_grad()
     forward = _forward(work)
-    deltas = _deltas(work, forward, _cotangent(work, forward.logits))
+    deltas = _deltas(work, forward, _cotangent(work, forward))
     input_penalty, param_penalty = _input_penalty(work, deltas), _param_sq_norms(forward, deltas).mean()
     loss = F.cross_entropy(forward.logits, work.y)
     (loss + input_weight * input_penalty + param_weight * param_penalty).backward()
@@ -62,7 +62,7 @@ def batch_step(work: Workload, weight: float) -> Tensor:
     """R_θ = ‖∇_θ mean_i f_i‖²."""
     work.model.zero_grad()
     forward = _forward(work)
-    deltas = _deltas(work, forward, _cotangent(work, forward.logits) / len(work.x))
+    deltas = _deltas(work, forward, _cotangent(work, forward) / len(work.x))
     parts = [(delta.t() @ h).square().sum() for h, delta in zip(forward.h, deltas, strict=True)]
     parts += [delta.sum(0).square().sum() for delta in deltas]
     return _backward(work, forward, weight, torch.stack(parts).sum())
@@ -92,7 +92,8 @@ def written_out_step(
     """R_x or R_θ, or both if both have a weight; R_x of the outputs along given directions (B, K), constants."""
     work.model.zero_grad()
     h, logits = _forward_in_place(work)
-    cotangent = _cotangent(work, logits)
+    softmax = torch.softmax(logits, 1)
+    cotangent = softmax - F.one_hot(work.y, logits.shape[1])
     deltas = [cotangent if directions is None else directions]
     for linear, following in zip(reversed(work.linears[1:]), reversed(h[1:]), strict=True):
         deltas.insert(0, _masked(deltas[0] @ linear.weight, following))
@@ -121,7 +122,6 @@ def written_out_step(
             of_delta = pulled @ work.linears[t + 1].weight.t()
     delta = cotangent / size
     if directions is None:  # the softmax depends on the outputs
-        softmax = torch.softmax(logits, 1)
         delta += softmax * (of_delta - torch.linalg.vecdot(softmax, of_delta).unsqueeze(1))
     for t in range(last, -1, -1):
         linear, known = work.linears[t], weight_grads[t]
@@ -150,14 +150,14 @@ def _forward_in_place(work: Workload) -> tuple[list[Tensor], Tensor]:
 def sample_norms(work: Workload) -> Tensor:
     """‖∇_θ f_i‖² of every sample and nothing else."""
     forward = _forward(work)
-    return _param_sq_norms(forward, _deltas(work, forward, _cotangent(work, forward.logits)))
+    return _param_sq_norms(forward, _deltas(work, forward, _cotangent(work, forward)))
 
 
 @torch.no_grad()
 def sample_norms_and_step(work: Workload) -> Tensor:
     """‖∇_θ f_i‖² of every sample, and ∇_θ of the mean loss in ``.grad``."""
     forward = _forward(work)
-    deltas = _deltas(work, forward, _cotangent(work, forward.logits))
+    deltas = _deltas(work, forward, _cotangent(work, forward))
     for linear, h, delta in zip(work.linears, forward.h, deltas, strict=True):
         linear.weight.grad = (delta / len(h)).t() @ h
         linear.bias.grad = delta.mean(0)
@@ -188,9 +188,9 @@ def _forward(work: Workload) -> Forward:
     return Forward(h, masks, F.linear(h[-1], last.weight, last.bias))
 
 
-def _cotangent(work: Workload, logits: Tensor) -> Tensor:
+def _cotangent(work: Workload, forward: Forward) -> Tensor:
     """∂f_i/∂logits = softmax − one-hot."""
-    return torch.softmax(logits, 1) - F.one_hot(work.y, logits.shape[1])
+    return torch.softmax(forward.logits, 1) - F.one_hot(work.y, forward.logits.shape[1])
 
 
 def _deltas(work: Workload, forward: Forward, cotangent: Tensor) -> list[Tensor]:

@@ -148,14 +148,13 @@ def _assemble(
     lhs_lower = sides.input_sq_norm * sum(lowest, zeros)
     lhs_upper = sides.input_sq_norm * sum([term.coefficient for term in terms], zeros)
     allowance = torch.finfo(layers[0].weight.dtype).eps ** 0.5 if layers else 0.0
+    violated = lhs_lower > sides.param_sq_norm * (1 + allowance)
     return InequalityReport(
         lhs=lhs_upper,  # Ritz values are accurate to many more digits than the bracket is narrow
         rhs=sides.param_sq_norm,
         lhs_lower=lhs_lower,
         lhs_upper=lhs_upper,
-        holds=~(
-            lhs_lower.isfinite() & (lhs_lower > sides.param_sq_norm * (1 + allowance))
-        ),  # what overflowed says nothing
+        holds=~(violated & lhs_lower.isfinite()),  # what overflowed says nothing
         input_grad_sq_norm=sides.input_sq_norm,
         param_grad_sq_norm=sides.param_sq_norm,
         batch_grad_sq_norm=sides.batch_sq_norm,

@@ -228,7 +228,8 @@ def _swept_norms(
     start = torch.cat([F.pad(start, (0, whole.length - start.shape[1])) for start in starts])
     delta = torch.tensor(deltas, dtype=torch.float64).repeat_interleave(torch.tensor(sizes)).to(widest_float(start[0]))
     bracket = spectral.lanczos_bracket(
-        *(whole.gram_within, start),
+        whole.gram_within,
+        start,
         delta=delta,
         rtol=settings.rtol,
         restrict=lambda samples: whole.restricted(samples).gram_within,

@@ -114,7 +114,7 @@ class ParamTerm:
 Term = InputTerm | ParamTerm
 
 
-@dataclass
+@dataclass  # no named tuple: torch 2.8 traces no properties of these
 class GroupNorms:
     """What a term came to.
 

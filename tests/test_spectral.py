@@ -303,3 +303,16 @@ def test_dead_rows_beside_others_warn_of_nothing():
     start = torch.randn(5, 40) * (diagonal != 0)
     found = lanczos_bracket(lambda u: u * diagonal, start, delta=1e-6, rtol=0.01)
     assert found.lower[0] == found.upper[0] == 0
+
+
+def test_one_step_has_a_closed_form():
+    values, delta = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64), 0.9
+    gram, start = diagonal(values, batch=20)
+    bracket = lanczos_bracket(gram, start, delta=delta, max_steps=1)
+    q = start / start.norm(dim=1, keepdim=True)
+    alpha = (q * gram(q)).sum(1)
+    beta = (gram(q) - alpha.unsqueeze(1) * q).norm(dim=1)
+    largest_k = (2 / (delta * math.pi / 2)) ** 2  # 1/t, with B(1/2, 3/2) = π/2, is K(μ) = 1 + ((μ − α)/β)²
+    excess = (bracket.upper**2 - alpha) / (beta * (largest_k - 1) ** 0.5)
+    assert (excess >= 1 - 1e-9).all() and (excess <= math.exp(0.05)).all()
+    torch.testing.assert_close(bracket.lower**2, alpha)
