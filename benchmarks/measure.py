@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 CALLS = 4  # per measurement: the caches are the contender's own, and a lazy penalty goes round once
-SLOW = 20.0  # plain steps; what takes longer is called once, and in the first rounds only
-SLOW_ROUNDS = 3
+SLOW = 20.0  # plain steps; what takes longer is called once a round, and in the first rounds only
+SLOW_ROUNDS = 9
+FEWEST_ROUNDS = 3  # of everything, however long they take
+INTERRUPTION = 1.0  # seconds; a call that takes longer was not merely interrupted
 
 
 @dataclass(frozen=True)
@@ -37,34 +40,40 @@ def race(
     seconds: float,
     advance: Callable[[float], object] = lambda share: None,
 ) -> dict[str, Timing]:
-    """Time all steps in turn.
+    """Time all steps in turn, the plain one among them, in another order every round.
 
     Args:
         plain: what the ratios are relative to.
         steps: name → one call.
         rounds: repetitions; slow steps get SLOW_ROUNDS of them.
-        seconds: no round begins after so many, except the first SLOW_ROUNDS.
+        seconds: no round begins after so many, except the first FEWEST_ROUNDS.
         advance: called after every round with the share that is done, to show progress.
     """
     begin = time.perf_counter()
     seconds_per_call(plain, CALLS)
-    unit = seconds_per_call(plain, CALLS)
-    slow = {name for name, step in steps.items() if seconds_per_call(step, 1) > SLOW * unit}
+    limit = SLOW * seconds_per_call(plain, CALLS)
+    slow = {name for name, step in steps.items() if _takes_longer(step, limit)}
     for name in steps.keys() - slow:
         seconds_per_call(steps[name], CALLS - 1)  # a lazy penalty has gone round once
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
-    names = list(steps)
+    order: list[str | None] = [None, *steps]  # None: the plain step
+    shuffled = random.Random(0)
     for round_number in range(rounds):
-        start = round_number % len(names)  # nobody always runs after the same other one
-        unit = seconds_per_call(plain, CALLS)
-        for name in names[start:] + names[:start]:
-            if name in slow and round_number >= SLOW_ROUNDS:
-                continue
-            taken = seconds_per_call(steps[name], 1 if name in slow else CALLS)
-            found[name].append((taken / unit, taken))
+        taken: dict[str | None, float] = {}
+        shuffled.shuffle(order)  # nobody runs after the same other one more often than by chance
+        for turn in order:
+            if turn is None:
+                taken[turn] = seconds_per_call(plain, CALLS)
+            elif turn not in slow:
+                taken[turn] = seconds_per_call(steps[turn], CALLS)
+            elif round_number < SLOW_ROUNDS:
+                taken[turn] = seconds_per_call(steps[turn], 1)
+        for name, pairs in found.items():
+            if name in taken:
+                pairs.append((taken[name] / taken[None], taken[name]))
         spent = time.perf_counter() - begin
         advance(max((round_number + 1) / rounds, spent / seconds))
-        if spent > seconds and round_number + 1 >= SLOW_ROUNDS:
+        if spent > seconds and round_number + 1 >= FEWEST_ROUNDS:
             break
     return {name: summarized(pairs) for name, pairs in found.items()}
 
@@ -83,6 +92,12 @@ def seconds_per_call(step: Callable[[], object], calls: int) -> float:
     for _ in range(calls):
         step()
     return (time.perf_counter() - start) / calls
+
+
+def _takes_longer(step: Callable[[], object], limit: float) -> bool:
+    """Whether a call takes longer than so many seconds; the first may set something up, or be interrupted."""
+    first = seconds_per_call(step, 1)
+    return first > limit and (first > INTERRUPTION or seconds_per_call(step, 1) > limit)
 
 
 def _quartiles(values: list[float]) -> tuple[float, float]:
