@@ -17,11 +17,13 @@ from workload import Workload
 from gradpen import InputGradPenalty, ParamGradPenalty, PenalizedLoss
 from gradpen.functional import param_grad_sq_norm
 from gradpen.penalties import GradPenalty
+from gradpen.terms import GroupNorms
 
-INPUT_WEIGHT, PARAM_WEIGHT, BATCH_WEIGHT, OUTPUT_WEIGHT = 0.1, 0.01, 0.1, 0.01
+# such that a penalty is a good part of the gradient: a wrong one cannot hide in the tolerance of the comparison
+INPUT_WEIGHT, PARAM_WEIGHT, BATCH_WEIGHT, OUTPUT_WEIGHT = 30.0, 0.01, 0.3, 3.0
 RADIUS = 0.05  # of SAM and of the finite difference that equals it
 EVERY = 4
-BY_HAND, WRITTEN_OUT = "by hand", "by hand, without autograd"
+BY_HAND, WRITTEN_OUT, BETWEEN_SAMPLES = "by hand", "by hand, without autograd", "by hand, products between samples"
 
 Step = Callable[[], Tensor]  # returns R, or the norms, without a graph
 Who = Literal["gradpen", "straight line", "peer"]
@@ -115,6 +117,11 @@ def jobs() -> list[Job]:
             True,
             (
                 _straight(lambda work: straight_line.batch_step(work, BATCH_WEIGHT)),
+                Contender(
+                    BETWEEN_SAMPLES,
+                    "straight line",
+                    lambda work: lambda: straight_line.batch_step(work, BATCH_WEIGHT, between_samples=True),
+                ),
                 _objective(lambda: [ParamGradPenalty(BATCH_WEIGHT, over="batch")]),
                 _peer("double backprop by hand", lambda w: peers.double_backprop_batch_step(w, BATCH_WEIGHT)),
             ),
@@ -157,7 +164,7 @@ def jobs() -> list[Job]:
             True,
             (
                 _straight(straight_line.sample_norms_and_step),
-                _objective(lambda: [ParamGradPenalty(0.0)]),
+                Contender("PenalizedLoss", "gradpen", _norms_beside_step),
                 Contender("BackPACK", "peer", lambda work: peers.BackpackBatchL2(work).norms_and_step),
                 Contender("Opacus", "peer", lambda work: peers.OpacusGhostNorms(work).norms_and_step),
             ),
@@ -230,6 +237,25 @@ def _added_input_penalty(work: Workload) -> Step:
         return term.detach() / INPUT_WEIGHT
 
     return step
+
+
+class _SingleNorms(ParamGradPenalty):
+    """Keeps what it reduces: the samples' norms, which R needs no more than the sum of."""
+
+    def reduce(self, norms: GroupNorms) -> Tensor:
+        self.sq_norms = norms.sq_norms
+        return super().reduce(norms)
+
+
+def _norms_beside_step(work: Workload) -> Step:
+    penalty = _SingleNorms(0.0)
+    step = objective_step(work, [penalty])
+
+    def norms_and_step() -> Tensor:
+        step()
+        return penalty.sq_norms
+
+    return norms_and_step
 
 
 def _sam_penalty() -> ParamGradPenalty:

@@ -20,13 +20,13 @@ class UnsupportedJobError(Exception):
 
 
 def double_backprop_input_step(work: Workload, weight: float) -> Tensor:
-    """R_x by differentiating a gradient, as in every tutorial."""
+    """R_x by differentiating a gradient."""
     work.model.zero_grad()
     x = work.x.detach().requires_grad_()
     f = F.cross_entropy(work.model(x), work.y, reduction="none")
     (gradient,) = torch.autograd.grad(f.sum(), x, create_graph=True)
     penalty = gradient.square().sum(1).mean()
-    (f.mean() + weight * penalty).backward()
+    (f.mean() + weight * penalty).backward(inputs=list(work.model.parameters()))  # nobody needs x.grad
     return penalty.detach()
 
 
@@ -66,7 +66,7 @@ def jacobian_regularizer_step(work: Workload, weight: float, generator: torch.Ge
     directions = scaled_directions(logits, generator)
     (gradient,) = torch.autograd.grad(logits, x, directions, create_graph=True)
     penalty = gradient.square().sum() / len(x)
-    (F.cross_entropy(logits, work.y) + weight * penalty).backward()
+    (F.cross_entropy(logits, work.y) + weight * penalty).backward(inputs=list(work.model.parameters()))
     return penalty.detach()
 
 

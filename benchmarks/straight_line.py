@@ -58,13 +58,17 @@ def both_step(work: Workload, input_weight: float, param_weight: float) -> Tenso
     return torch.stack([input_penalty.detach(), param_penalty.detach()])
 
 
-def batch_step(work: Workload, weight: float) -> Tensor:
-    """R_θ = ‖∇_θ mean_i f_i‖²."""
+def batch_step(work: Workload, weight: float, *, between_samples: bool = False) -> Tensor:
+    """R_θ = ‖∇_θ mean_i f_i‖²: of the gradient itself, or of products between samples in layers where these are smaller."""
     work.model.zero_grad()
     forward = _forward(work)
     deltas = _deltas(work, forward, _cotangent(work, forward) / len(work.x))
-    parts = [(delta.t() @ h).square().sum() for h, delta in zip(forward.h, deltas, strict=True)]
-    parts += [delta.sum(0).square().sum() for delta in deltas]
+    parts = []
+    for linear, h, delta in zip(work.linears, forward.h, deltas, strict=True):
+        if between_samples and 2 * len(h) * sum(linear.weight.shape) < 3 * linear.weight.numel():
+            parts.append(((h @ h.t() + 1) * (delta @ delta.t())).sum())  # + 1: the bias
+        else:
+            parts += [(delta.t() @ h).square().sum(), delta.sum(0).square().sum()]
     return _backward(work, forward, weight, torch.stack(parts).sum())
 
 
@@ -81,7 +85,8 @@ def difference_step(work: Workload, weight: float, step: float) -> Tensor:
     alpha = weight / step
     with torch.no_grad():
         torch._foreach_sub_(parameters, moves)
-        torch._foreach_lerp_([_grad(parameter) for parameter in parameters], here, 1 - alpha)
+        if alpha != 1:  # at 1 it is SAM
+            torch._foreach_lerp_([_grad(parameter) for parameter in parameters], here, 1 - alpha)
     return norm
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,7 +24,9 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import agreement  # noqa: E402
 import breakdown  # noqa: E402
 import contenders  # noqa: E402
+import measure  # noqa: E402
 import memory  # noqa: E402
+import peers  # noqa: E402
 import recipe_epoch  # noqa: E402
 import run  # noqa: E402
 import spectral_methods  # noqa: E402
@@ -48,21 +52,62 @@ def test_contenders_agree(job, work):
         assert isinstance(error, float) or name.startswith(NOT_FOR_ALL)
 
 
-@pytest.mark.parametrize("wrong", ["value", "gradient"])
+def against(job, who, build):
+    """A job in which somebody of that kind competes with the straight line alone."""
+    return replace(job, contenders=(job.contenders[0], contenders.Contender("cheat", who, build)))
+
+
+@pytest.mark.parametrize("wrong", ["value", "gradient", "shape", "later", "nan"])
 def test_a_wrong_contender_is_found_out(work, wrong):
     def build(work):
+        calls = 0
+
         def step():
-            penalty = straight_line.input_step(work, contenders.INPUT_WEIGHT * (2.0 if wrong == "gradient" else 1))
-            return penalty * (1.001 if wrong == "value" else 1)
+            nonlocal calls
+            calls += 1
+            cheats = wrong == "gradient" or (wrong == "later" and calls == measure.CALLS)
+            penalty = straight_line.input_step(work, contenders.INPUT_WEIGHT * (1.01 if cheats else 1))
+            if wrong == "nan":
+                work.model[0].weight.grad[0, 0] = math.nan
+            return penalty.unsqueeze(0) if wrong == "shape" else penalty * (1.001 if wrong == "value" else 1)
 
         return step
 
-    job = JOBS[0]
-    cheat = contenders.Job(
-        **{**vars(job), "contenders": (*job.contenders[:1], contenders.Contender("cheat", "peer", build))}
-    )
     with pytest.raises(agreement.DisagreementError, match="cheat"):
-        agreement.check_agreement(cheat, work)
+        agreement.check_agreement(against(JOBS[0], "peer", build), work)
+
+
+@pytest.mark.parametrize("message", ["no such operator\nand more", ""])
+def test_a_peer_that_fails_is_a_row_that_says_so(work, message):
+    def build(work):
+        raise NotImplementedError(message)
+
+    errors = agreement.check_agreement(against(JOBS[0], "peer", build), work)
+    assert errors["cheat"] == "fails: NotImplementedError" + (": no such operator" if message else "")
+    with pytest.raises(NotImplementedError):
+        agreement.check_agreement(against(JOBS[0], "gradpen", build), work)
+
+
+def test_a_wrong_penalty_cannot_hide_behind_the_data_loss(tmp_path):
+    """On the benchmark's own net a penalty is a good part of each job's gradient."""
+    work = workload.workload_on(workload.load_images(tmp_path), run.FULL.hidden, run.FULL.batch_size).in_float64()
+    straight_line.plain_step(work)
+    plain = agreement.flat_gradient(work.model)
+    for job in JOBS:
+        if job.gradients and job.key != "norms_and_step":
+            job.contenders[0].build(work)()
+            gradient = agreement.flat_gradient(work.model)
+            assert torch.linalg.vector_norm(gradient - plain) > 0.1 * torch.linalg.vector_norm(gradient), job.key
+
+
+def test_peers_by_hand_form_no_gradient_of_the_images(work):
+    """∂(loss + penalty)/∂x is one more product, and nobody needs it."""
+    steps = {
+        3 + 3 + 6 + 5: lambda: peers.double_backprop_input_step(work, 0.1),  # forward, ∇_x, and their derivatives
+        3 + 3 + 5 + 5: lambda: peers.jacobian_regularizer_step(work, 0.1, torch.Generator()),  # of constant directions
+    }
+    for products, step in steps.items():
+        assert sum(call.is_product for call in breakdown.recorded(step)) == breakdown.CALLS * products
 
 
 def test_a_bracket_that_misses_is_found_out(work):
