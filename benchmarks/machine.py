@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from sections import Setting
 
-PACKAGES = ("torch", "lightning", "torchmetrics", "backpack-for-pytorch", "opacus")
+PACKAGES = ("gradpen", "torch", "lightning", "torchmetrics", "backpack-for-pytorch", "opacus")
 
 
 def describe_machine(setting: Setting) -> dict[str, Any]:

@@ -199,14 +199,14 @@ def accuracy(name: str, norms: Norms, exact: Norms) -> Accuracy:
         DisagreementError: if a lower end is too large, or a bracket does not hold the truth.
     """
     truth, lower = exact.lower.double(), norms.lower.double()
-    if bool((lower > truth * (1 + ROUNDING)).any()):
-        raise DisagreementError(f"{name} is above the largest singular value")
+    if not bool((lower <= truth * (1 + ROUNDING)).all()):  # a NaN is not, either
+        raise DisagreementError(f"{name} is above the largest singular value, or NaN")
     error = float(((truth - lower) / truth).clamp(min=0).max())
     if norms.upper is None:
         return Accuracy(error, None)
     upper = norms.upper.double()
-    if bool((upper < truth * (1 - ROUNDING)).any()):
-        raise DisagreementError(f"{name}: an upper end is below the largest singular value")
+    if not bool((upper >= truth * (1 - ROUNDING)).all()):
+        raise DisagreementError(f"{name}: an upper end is below the largest singular value, or NaN")
     return Accuracy(error, float(((upper - lower) / upper).max()))
 
 
