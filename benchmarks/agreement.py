@@ -41,11 +41,11 @@ def check_agreement(job: Job, work: Workload) -> dict[str, float | str]:
                 raise
             errors[contender.name] = f"fails: {described(failure)}"  # of these versions of it and of torch
             continue
-        errors[contender.name] = checked(f"{job.title}: {contender.name}", found, expected)
+        errors[contender.name] = check_close(f"{job.title}: {contender.name}", found, expected)
     return errors
 
 
-def checked(who: str, found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+def check_close(who: str, found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """The largest of the relative errors.
 
     Raises:

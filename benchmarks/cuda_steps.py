@@ -1,63 +1,131 @@
-"""Microseconds a step on a GPU: plain, penalised, and both compiled into CUDA graphs."""
+"""Steps on a GPU: plain, penalised, and both compiled into CUDA graphs, in turn with the plain step in eager mode."""
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
+import straight_line
 import torch
 import torch.nn.functional as F
+from agreement import check_close, described, flat_gradient
 from contenders import INPUT_WEIGHT, PARAM_WEIGHT
+from measure import race
 from torch import Tensor, nn
 from workload import Workload
 
 from gradpen import InputGradPenalty, ParamGradPenalty, PenalizedLoss
+from gradpen.penalties import GradPenalty
 
-ROUNDS, CALLS = 30, 50
+ROUNDS, SECONDS = 20, 20.0  # per kind of step
+STEPS = 20  # before the host waits for the device
+WARM_UP = 6  # compiled for the first call and again for later ones; both are run, recorded and replayed
+
+Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
 def cuda_table(work: Workload) -> dict[str, Any] | None:
-    """Objective → {"eager": µs, "compiled": µs or the first line of the error}; None without a GPU."""
+    """What `step_table` finds, and the device; None without a GPU."""
     if not torch.cuda.is_available():
         return None
-    work = replace(work, model=work.model.cuda(), x=work.x.cuda(), y=work.y.cuda())
-    objectives: dict[str, Callable[[], nn.Module]] = {
-        "plain": lambda: PenalizedLoss(F.cross_entropy),
-        "input": lambda: PenalizedLoss(F.cross_entropy, InputGradPenalty(INPUT_WEIGHT)),
-        "param": lambda: PenalizedLoss(F.cross_entropy, ParamGradPenalty(PARAM_WEIGHT)),
-        "both": lambda: PenalizedLoss(F.cross_entropy, InputGradPenalty(INPUT_WEIGHT), ParamGradPenalty(PARAM_WEIGHT)),
-    }
-    table: dict[str, Any] = {"device": torch.cuda.get_device_name()}
-    for name, build in objectives.items():
-        table[name] = {"eager": _microseconds(work.copied(), build())}
-        try:
-            compiled = torch.compile(build(), fullgraph=True, mode="reduce-overhead")
-            table[name]["compiled"] = _microseconds(work.copied(), compiled)
-        except Exception as error:  # whatever the compiler raises belongs into the table
-            table[name]["compiled"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    return {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "steps": step_table(work, "cuda")}
+
+
+def step_table(work: Workload, device: str, *, rounds: int = ROUNDS, seconds: float = SECONDS) -> list[dict[str, Any]]:
+    """For each kind of step its name, and the numbers of "eager" and "compiled" mode, or the reason why there are none.
+
+    Raises:
+        DisagreementError: if a step's gradient is not that of the straight-line code.
+    """
+    work = replace(work.copied(), x=work.x.to(device), y=work.y.to(device))
+    work.model.to(device)
+    plain = _waited_for(_step(work.copied(), _plain_loss), device)
+    table = []
+    for name, reference in _references().items():
+        torch._dynamo.reset()  # nobody's guards are behind another one's
+        steps, reasons = _checked_steps(name, reference, work)
+        timings = race(
+            plain, {mode: _waited_for(step, device) for mode, step in steps.items()}, rounds=rounds, seconds=seconds
+        )
+        found = {mode: {**asdict(timing), "seconds": timing.seconds / STEPS} for mode, timing in timings.items()}
+        table.append({"name": name, **found, **reasons})
     return table
 
 
-def _microseconds(work: Workload, objective: Callable[..., Any]) -> float:
-    """Median over rounds, all work done."""
+def _checked_steps(
+    name: str, reference: Callable[[Workload], Tensor], work: Workload
+) -> tuple[dict[str, Callable[[], None]], dict[str, dict[str, str]]]:
+    """Mode → a step that is warm and right; and mode → why there is none."""
+    expected = work.in_float64()
+    reference(expected)
+    steps, reasons = {}, {}
+    for mode in ("eager", "compiled"):
+        contender = work.copied()
+        step = _step(contender, _loss(name, compiled=mode == "compiled"))
+        try:
+            for _ in range(WARM_UP):
+                step()
+        except Exception as error:  # whatever the compiler raises belongs into the table
+            if mode == "eager":
+                raise
+            reasons[mode] = {"reason": described(error)}
+            continue
+        check_close(f"{name}, {mode}", [flat_gradient(contender.model)], [flat_gradient(expected.model)])
+        steps[mode] = step
+    return steps, reasons
 
-    def step() -> Tensor:
-        torch.compiler.cudagraph_mark_step_begin()
+
+def _references() -> dict[str, Callable[[Workload], Tensor]]:
+    """Kind of step → the same as straight-line code."""
+    return {
+        "plain": straight_line.plain_step,
+        "input": lambda work: straight_line.input_step(work, INPUT_WEIGHT),
+        "param": lambda work: straight_line.param_step(work, PARAM_WEIGHT),
+        "both": lambda work: straight_line.both_step(work, INPUT_WEIGHT, PARAM_WEIGHT),
+    }
+
+
+def _loss(name: str, *, compiled: bool) -> Loss:
+    """The loss that is differentiated, compiled into CUDA graphs or not."""
+    penalties: list[GradPenalty] = []
+    if name in ("input", "both"):
+        penalties.append(InputGradPenalty(INPUT_WEIGHT))
+    if name in ("param", "both"):
+        penalties.append(ParamGradPenalty(PARAM_WEIGHT))
+    objective: Any = PenalizedLoss(F.cross_entropy, *penalties) if penalties else _plain_loss
+    if compiled:
+        objective = _in_graphs(torch.compile(objective, fullgraph=True, mode="reduce-overhead"))
+    return (lambda model, x, y: objective(model, x, y).loss) if penalties else objective
+
+
+def _in_graphs(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        torch.compiler.cudagraph_mark_step_begin()  # what the last step left in the graphs' memory may be overwritten
+        return compiled(*args)
+
+    return call
+
+
+def _plain_loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(model(x), y)
+
+
+def _step(work: Workload, loss: Loss) -> Callable[[], None]:
+    def step() -> None:
         work.model.zero_grad()
-        loss: Tensor = objective(work.model, work.x, work.y).loss
-        loss.backward()
-        return loss
+        loss(work.model, work.x, work.y).backward()
 
-    def seconds_per_call() -> float:
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(CALLS):
+    return step
+
+
+def _waited_for(step: Callable[[], None], device: str) -> Callable[[], None]:
+    """STEPS steps, and all their work done."""
+
+    def steps() -> None:
+        for _ in range(STEPS):
             step()
-        torch.cuda.synchronize()
-        return (time.perf_counter() - start) / CALLS
+        if device == "cuda":
+            torch.cuda.synchronize()
 
-    seconds_per_call()
-    return 1e6 * statistics.median(seconds_per_call() for _ in range(ROUNDS))
+    return steps

@@ -16,7 +16,9 @@ import json
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import figures
@@ -50,9 +52,10 @@ FULL = Size((512, 512), 128, 60, 12.0)
 QUICK = Size((64, 64), 32, 5, 2.0)
 
 
-def measure_all(setting: Setting, only: set[str], progress: Progress) -> Results:
-    """Run every section, or those whose key is in `only`."""
-    results: Results = {"machine": describe_machine(setting)}
+def measure_all(
+    setting: Setting, only: set[str], progress: Progress, results: Results, save: Callable[[Results], object]
+) -> None:
+    """Run every section, or those whose key is in `only`, and add to the results; they are saved after each of them."""
     chosen = {name: section for name, section in sections.SECTIONS.items() if not only or name in only}
     whole = progress.add_task("benchmarks", total=len(chosen))
     for name, section in chosen.items():
@@ -64,7 +67,7 @@ def measure_all(setting: Setting, only: set[str], progress: Progress) -> Results
         progress.remove_task(task)
         progress.console.print(f"{name}: {time.perf_counter() - start:.0f} s")
         progress.advance(whole)
-    return results
+        save(results)
 
 
 def publish(results: Results) -> None:
@@ -82,7 +85,8 @@ def main(arguments: list[str] | None = None) -> Results:
     parser.add_argument("--quick", action="store_true", help="a smaller net and few repetitions")
     parser.add_argument("--publish", action="store_true", help="write docs/ and results/published.json")
     parser.add_argument("--only", default="", help=f"some of {','.join(sections.SECTIONS)}")
-    parser.add_argument("--threads", type=int, default=2, help="of torch")
+    threads = min(2, torch.get_num_threads())
+    parser.add_argument("--threads", type=int, default=threads, help=f"of torch; default {threads}")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where MNIST/raw is")
     parser.add_argument("--out", type=Path, default=LATEST, help="the JSON")
     given = parser.parse_args(arguments)
@@ -104,11 +108,14 @@ def main(arguments: list[str] | None = None) -> Results:
     console = Console(width=None if sys.stdout.isatty() else 160)  # tables in files need not fit 80 columns
     torch.set_num_threads(given.threads)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Full backward hook is firing")  # BackPACK and Opacus
-        results = measure_all(setting, only, progress)
-    _write_json(given.out, results)
-    console.print(Markdown(tables.as_markdown(results)))
+    progress = Progress(*columns, console=console, refresh_per_second=1)  # its thread takes turns with what is timed
+    results: Results = {"machine": describe_machine(setting)}
+    try:
+        with progress, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Full backward hook is firing")  # BackPACK and Opacus
+            measure_all(setting, only, progress, results, partial(_write_json, given.out))
+    finally:  # what was measured before an error is shown, too
+        console.print(Markdown(tables.as_markdown(results)))
     if given.publish:
         publish(results)
     console.print(

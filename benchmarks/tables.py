@@ -138,15 +138,22 @@ def _growth_tables(points: list[Results]) -> list[str]:
 
 
 def _cuda(cuda: Results | None) -> str:
-    heading = '**Microseconds a step on a GPU**, eager and compiled with `mode="reduce-overhead"`\n\n'
+    heading = '**Microseconds a step on a GPU**, eager and compiled with `mode="reduce-overhead"`'
     if cuda is None:
-        return heading + "not measured"
-    lines = [
-        [name, *(f"{value:.0f}" if isinstance(value, float) else str(value) for value in row.values())]
-        for name, row in cuda.items()
-        if name != "device"
-    ]
-    return heading + f"{cuda['device']}\n\n" + table(["step", "eager", "compiled"], lines)
+        return heading + "\n\nnot measured"
+    lines = [[step["name"], _microseconds(step["eager"]), _microseconds(step["compiled"])] for step in cuda["steps"]]
+    return (
+        f"{heading}; in plain steps in eager mode (median, and the quartiles)\n\n"
+        f"{cuda['device']}, CUDA {cuda['cuda']}\n\n" + table(["step", "eager", "compiled"], lines)
+    )
+
+
+def _microseconds(entry: Results) -> str:
+    """A step's time and what it is in plain steps, or why there is none."""
+    if "reason" in entry:
+        return str(entry["reason"])
+    low, high = entry["quartiles"]
+    return f"{1e6 * entry['seconds']:,.0f} µs; {ratio(entry['ratio'])} ({ratio(low)} … {ratio(high)})"
 
 
 def ratio(value: float) -> str:

@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import agreement  # noqa: E402
 import breakdown  # noqa: E402
 import contenders  # noqa: E402
+import cuda_steps  # noqa: E402
 import measure  # noqa: E402
 import memory  # noqa: E402
 import peers  # noqa: E402
@@ -117,6 +118,8 @@ def test_a_bracket_that_misses_is_found_out(work):
     for missing in (
         norms._replace(lower=exact.lower * 1.01),
         norms._replace(lower=exact.lower * 0.8, upper=exact.lower * 0.99),
+        norms._replace(lower=exact.lower * math.nan),
+        norms._replace(upper=exact.lower * math.nan),
     ):
         with pytest.raises(agreement.DisagreementError):
             spectral_methods.accuracy("bracket", missing, exact)
@@ -222,6 +225,7 @@ def test_the_quick_run_has_every_row(tmp_path):
     assert [step["name"] for step in results["memory"]["steps"]] == ["input", "param", "both", "batch"]
     assert len(results["breakdown"]) == 1 + len(JOBS) + 2  # the plain step; the check before and after training
     assert (results["cuda"] is None) == (not torch.cuda.is_available())
+    assert results["machine"]["versions"]["gradpen"]
     assert results["machine"]["quick"] and results["machine"]["images"].startswith("scikit-learn")
     tables_shown = sum(line.startswith("| --- |") for line in tables.as_markdown(results).splitlines())
     assert tables_shown == 3 + 2 + 4 + (results["cuda"] is not None)  # rows, breakdown, memory; spectral; growth; GPU
@@ -230,6 +234,69 @@ def test_the_quick_run_has_every_row(tmp_path):
 def test_the_documentation_shows_the_published_numbers():
     results = json.loads(run.PUBLISHED.read_text(encoding="utf-8"))
     assert run.DOCS_TABLE.read_text(encoding="utf-8") == tables.as_markdown(results)
+
+
+@pytest.fixture
+def without_compiler(monkeypatch):
+    """Nothing is compiled, and no GPU is waited for."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: None)
+
+
+def cuda_figures(work):
+    steps = cuda_steps.step_table(work, "cpu", rounds=2, seconds=1.0)
+    return steps, tables.as_markdown(
+        {"machine": machine_of_nobody(), "cuda": {"device": "X", "cuda": "13", "steps": steps}}
+    )
+
+
+def machine_of_nobody():
+    keys = ("date", "cpu", "cores", "threads", "capability", "python", "batch_size", "images")
+    return {**dict.fromkeys(keys, ""), "versions": {}, "widths": [], "quick": False}
+
+
+@pytest.mark.usefixtures("without_compiler")
+def test_steps_of_a_gpu_are_measured_beside_the_plain_one(work):
+    steps, shown = cuda_figures(work)
+    assert [step["name"] for step in steps] == ["plain", "input", "param", "both"]
+    assert all(step[mode]["ratio"] > 0 for step in steps for mode in ("eager", "compiled"))
+    assert shown.count(" µs; ") == 8
+
+
+@pytest.mark.usefixtures("without_compiler")
+@pytest.mark.parametrize("message", ["no compiler\nat all", ""])
+def test_what_does_not_compile_says_so(work, monkeypatch, message):
+    def fails(*args):
+        raise AssertionError(message)
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: fails)
+    steps, shown = cuda_figures(work)
+    assert {step["compiled"]["reason"] for step in steps} == {"AssertionError" + (": no compiler" if message else "")}
+    assert shown.count("AssertionError") == 4
+
+
+@pytest.mark.usefixtures("without_compiler")
+def test_a_compiler_that_computes_something_else_is_found_out(work, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: lambda *args: 1.01 * function(*args))
+    with pytest.raises(agreement.DisagreementError, match="plain, compiled"):
+        cuda_figures(work)
+
+
+def test_an_error_loses_nothing_that_was_measured(tmp_path, monkeypatch, capsys):
+    def fails(setting, advance):
+        raise OSError("no disk")
+
+    kept = {name: run.sections.SECTIONS[name] for name in ("lazy", "monitor")}
+    monkeypatch.setattr(run.sections, "SECTIONS", {**kept, "recipe": fails})
+    out, threads = tmp_path / "part.json", torch.get_num_threads()
+    try:
+        with pytest.raises(OSError, match="no disk"):
+            run.main(["--quick", "--threads", "1", "--data-dir", str(tmp_path), "--out", str(out)])
+    finally:
+        torch.set_num_threads(threads)
+    rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert [row["key"] for row in rows] == list(kept)
+    assert "every_n_steps=4" in capsys.readouterr().out
 
 
 def test_publishing_a_part_is_refused(capsys):
