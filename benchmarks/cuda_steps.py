@@ -18,21 +18,24 @@ from workload import Workload
 from gradpen import InputGradPenalty, ParamGradPenalty, PenalizedLoss
 from gradpen.penalties import GradPenalty
 
-ROUNDS, SECONDS = 20, 20.0  # per kind of step
 STEPS = 20  # before the host waits for the device
 WARM_UP = 6  # compiled for the first call and again for later ones; both are run, recorded and replayed
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
-def cuda_table(work: Workload) -> dict[str, Any] | None:
+def cuda_table(work: Workload, *, rounds: int, seconds: float) -> dict[str, Any] | None:
     """What `step_table` finds, and the device; None without a GPU."""
     if not torch.cuda.is_available():
         return None
-    return {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "steps": step_table(work, "cuda")}
+    return {
+        "device": torch.cuda.get_device_name(),
+        "cuda": torch.version.cuda,
+        "steps": step_table(work, "cuda", rounds=rounds, seconds=seconds),
+    }
 
 
-def step_table(work: Workload, device: str, *, rounds: int = ROUNDS, seconds: float = SECONDS) -> list[dict[str, Any]]:
+def step_table(work: Workload, device: str, *, rounds: int, seconds: float) -> list[dict[str, Any]]:
     """For each kind of step its name, and the numbers of "eager" and "compiled" mode, or the reason why there are none.
 
     Raises:

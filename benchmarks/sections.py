@@ -209,8 +209,16 @@ def growth_section(setting: Setting, advance: Advance) -> Results:
         plain, steps = growth.steps(point)
         timings = race(plain, steps, rounds=max(setting.rounds // 8, 3), seconds=setting.seconds / 4)
         seconds = statistics.median(seconds_per_call(plain, 1) for _ in range(5))
-        ratios = {name: timing.ratio for name, timing in timings.items()}
-        found.append({"series": point.series, "value": point.value, "plain_seconds": seconds, "ratios": ratios})
+        found.append(
+            {
+                "series": point.series,
+                "value": point.value,
+                "plain_seconds": seconds,
+                "ratios": {name: timing.ratio for name, timing in timings.items()},
+                "quartiles": {name: list(timing.quartiles) for name, timing in timings.items()},
+                "rounds": {name: timing.rounds for name, timing in timings.items()},
+            }
+        )
         advance((number + 1) / len(points))
     return {"growth": found}
 
@@ -249,7 +257,7 @@ def _states(setting: Setting) -> dict[str, Workload]:
 
 def cuda_section(setting: Setting, advance: Advance) -> Results:
     """None without a GPU."""
-    return {"cuda": cuda_table(setting.work.copied())}
+    return {"cuda": cuda_table(setting.work, rounds=setting.rounds, seconds=setting.seconds)}
 
 
 def _penalty_section(job: Job) -> Callable[[Setting, Advance], Results]:

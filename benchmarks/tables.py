@@ -127,7 +127,7 @@ def _growth_tables(points: list[Results]) -> list[str]:
             [
                 f"{point['value']:,}",
                 f"{1e3 * point['plain_seconds']:.3g} ms",
-                *(ratio(point["ratios"][name]) for name in names),
+                *(_with_quartiles(point, name) for name in names),
             ]
             for point in members
         ]
@@ -135,6 +135,12 @@ def _growth_tables(points: list[Results]) -> list[str]:
             f"**Cost against {series}**, in plain steps of the same size\n\n" + table([series, "plain", *names], lines)
         )
     return found
+
+
+def _with_quartiles(point: Results, name: str) -> str:
+    """A ratio, and its spread if the results have it: older ones do not."""
+    spread = "quartiles" in point and f" ({' … '.join(ratio(quartile) for quartile in point['quartiles'][name])})"
+    return ratio(point["ratios"][name]) + (spread or "")
 
 
 def _cuda(cuda: Results | None) -> str:

@@ -221,6 +221,7 @@ def test_the_quick_run_has_every_row(tmp_path):
     for row in results["rows"]:
         assert all("reason" in entry or entry["ratio"] > 0 for entry in row["entries"])
         assert any(entry["who"] == "gradpen" for entry in row["entries"])
+    assert all(point["quartiles"].keys() == point["ratios"].keys() for point in results["growth"])
     assert {point["series"] for point in results["growth"]} == {"batch", "width", "depth", "classes"}
     assert [step["name"] for step in results["memory"]["steps"]] == ["input", "param", "both", "batch"]
     assert len(results["breakdown"]) == 1 + len(JOBS) + 2  # the plain step; the check before and after training
