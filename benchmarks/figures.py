@@ -8,6 +8,13 @@ from matplotlib.figure import Figure
 
 Results = dict[str, Any]
 ROUNDING = 1e-7  # where exact values are drawn on a logarithmic axis
+FAMILIES = {
+    "gradpen": "gradpen: error of the lower end",
+    "straight line": "Lanczos written out",
+    "Lanczos": "Lanczos by autograd",
+    "power iteration": "power iteration by autograd",
+    "explicit": "explicit Jacobians",
+}
 STYLE = {"gradpen": ("C0", "o"), "straight line": ("C2", "s"), "peer": ("C7", "^")}
 
 
@@ -52,9 +59,7 @@ def draw_spectral(results: Results) -> Figure:
                 axes.plot(
                     [point["ratio"] for point in members], widths, "o-", color="C0", label="gradpen: bracket's width"
                 )
-            label = {"gradpen": "gradpen: error of the lower end", "straight line": "Lanczos written out"}.get(
-                family, family
-            )
+            label = FAMILIES[family]
             errors = [max(point["error"], ROUNDING) for point in members]
             axes.plot([point["ratio"] for point in members], errors, ".--", label=label)
         axes.set(xscale="log", yscale="log", title=state, xlabel="plain steps")

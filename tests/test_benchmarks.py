@@ -25,6 +25,7 @@ import agreement  # noqa: E402
 import breakdown  # noqa: E402
 import contenders  # noqa: E402
 import cuda_steps  # noqa: E402
+import figures  # noqa: E402
 import measure  # noqa: E402
 import memory  # noqa: E402
 import peers  # noqa: E402
@@ -298,6 +299,21 @@ def test_an_error_loses_nothing_that_was_measured(tmp_path, monkeypatch, capsys)
     rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
     assert [row["key"] for row in rows] == list(kept)
     assert "every_n_steps=4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("missing", [None, "peer", "straight line"])
+def test_figures_are_drawn_of_whoever_was_measured(missing):
+    results = json.loads(run.PUBLISHED.read_text(encoding="utf-8"))
+    for row in results["rows"]:
+        for entry in row["entries"]:
+            if entry["who"] == missing:
+                entry.pop("ratio", None)
+    (axes,) = figures.draw_ratios(results).axes
+    shown = [collection for collection in axes.collections if collection.get_segments()]
+    assert len(shown) == (3 if missing is None else 2)
+    titles = [label.get_text() for label in axes.get_yticklabels()]
+    assert titles == [job.title for job in JOBS]
+    assert [axes.get_title() for axes in figures.draw_spectral(results).axes] == list(results["spectral"])
 
 
 def test_publishing_a_part_is_refused(capsys):
