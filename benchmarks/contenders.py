@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -11,8 +11,10 @@ import peers
 import straight_line
 import torch
 import torch.nn.functional as F
+import written_out
 from torch import Tensor
 from workload import Workload
+from written_out import Computed
 
 from gradpen import InputGradPenalty, ParamGradPenalty, PenalizedLoss
 from gradpen.functional import param_grad_sq_norm
@@ -23,7 +25,8 @@ from gradpen.terms import GroupNorms
 INPUT_WEIGHT, PARAM_WEIGHT, BATCH_WEIGHT, OUTPUT_WEIGHT = 30.0, 0.01, 0.3, 3.0
 RADIUS = 0.05  # of SAM and of the finite difference that equals it
 EVERY = 4
-BY_HAND, WRITTEN_OUT, BETWEEN_SAMPLES = "by hand", "by hand, without autograd", "by hand, products between samples"
+BY_HAND, BETWEEN_SAMPLES = "by hand", "by hand, products between samples"
+WITHOUT_AUTOGRAD, BEHIND_A_LOSS = "by hand, without autograd", "by hand, behind a loss"
 
 Step = Callable[[], Tensor]  # returns R, or the norms, without a graph
 Who = Literal["gradpen", "straight line", "peer"]
@@ -76,7 +79,7 @@ def jobs() -> list[Job]:
             True,
             (
                 _straight(lambda work: straight_line.input_step(work, INPUT_WEIGHT)),
-                _written_out(lambda work: straight_line.written_out_step(work, INPUT_WEIGHT)),
+                *_written_out(lambda: partial(written_out.penalised, input_weight=INPUT_WEIGHT)),
                 _objective(lambda: [InputGradPenalty(INPUT_WEIGHT)]),
                 Contender("added to a loss, two forward passes", "gradpen", _added_input_penalty),
                 _peer("double backprop by hand", lambda w: peers.double_backprop_input_step(w, INPUT_WEIGHT)),
@@ -90,7 +93,7 @@ def jobs() -> list[Job]:
             True,
             (
                 _straight(lambda work: straight_line.param_step(work, PARAM_WEIGHT)),
-                _written_out(lambda work: straight_line.written_out_step(work, param_weight=PARAM_WEIGHT)),
+                *_written_out(lambda: partial(written_out.penalised, param_weight=PARAM_WEIGHT)),
                 _objective(lambda: [ParamGradPenalty(PARAM_WEIGHT)]),
                 Contender("BackPACK, create_graph", "peer", _backpack_param_step),
                 Contender("Opacus", "peer", _opacus_param_step),
@@ -105,7 +108,9 @@ def jobs() -> list[Job]:
             True,
             (
                 _straight(lambda work: straight_line.both_step(work, INPUT_WEIGHT, PARAM_WEIGHT)),
-                _written_out(lambda work: straight_line.written_out_step(work, INPUT_WEIGHT, PARAM_WEIGHT)),
+                *_written_out(
+                    lambda: partial(written_out.penalised, input_weight=INPUT_WEIGHT, param_weight=PARAM_WEIGHT)
+                ),
                 _objective(lambda: [InputGradPenalty(INPUT_WEIGHT), ParamGradPenalty(PARAM_WEIGHT)]),
             ),
         ),
@@ -163,7 +168,7 @@ def jobs() -> list[Job]:
             1.12,
             True,
             (
-                _straight(straight_line.sample_norms_and_step),
+                *_written_out(lambda: written_out.sample_norms),
                 Contender("PenalizedLoss", "gradpen", _norms_beside_step),
                 Contender("BackPACK", "peer", lambda work: peers.BackpackBatchL2(work).norms_and_step),
                 Contender("Opacus", "peer", lambda work: peers.OpacusGhostNorms(work).norms_and_step),
@@ -177,7 +182,7 @@ def jobs() -> list[Job]:
             True,
             (
                 Contender(BY_HAND, "straight line", _straight_projection),
-                Contender(WRITTEN_OUT, "straight line", _written_out_projection),
+                *_written_out(_projection_written_out),
                 Contender("PenalizedLoss", "gradpen", _projected_objective),
                 Contender("Jacobian regulariser by hand", "peer", _jacobian_regularizer),
             ),
@@ -189,8 +194,8 @@ def jobs() -> list[Job]:
             1.35,
             True,
             (
-                Contender(BY_HAND, "straight line", partial(_straight_lazy, straight_line.input_step)),
-                Contender(WRITTEN_OUT, "straight line", partial(_straight_lazy, straight_line.written_out_step)),
+                _lazy(_straight(lambda work: straight_line.input_step(work, EVERY * INPUT_WEIGHT))),
+                *map(_lazy, _written_out(lambda: partial(written_out.penalised, input_weight=EVERY * INPUT_WEIGHT))),
                 _objective(lambda: [InputGradPenalty(INPUT_WEIGHT, every_n_steps=EVERY)]),
             ),
         ),
@@ -215,8 +220,11 @@ def _straight(step: Callable[[Workload], Tensor]) -> Contender:
     return Contender(BY_HAND, "straight line", lambda work: lambda: step(work))
 
 
-def _written_out(step: Callable[[Workload], Tensor]) -> Contender:
-    return Contender(WRITTEN_OUT, "straight line", lambda work: lambda: step(work))
+def _written_out(new: Callable[[], Callable[[Workload], Computed]]) -> tuple[Contender, Contender]:
+    return (
+        Contender(WITHOUT_AUTOGRAD, "straight line", lambda work: written_out.without_autograd(work, new())),
+        Contender(BEHIND_A_LOSS, "straight line", lambda work: written_out.behind_a_loss(work, new())),
+    )
 
 
 def _peer(name: str, step: Callable[[Workload], Tensor]) -> Contender:
@@ -279,14 +287,14 @@ def _straight_projection(work: Workload) -> Step:
     return lambda: straight_line.projection_step(work, OUTPUT_WEIGHT, generator)
 
 
-def _written_out_projection(work: Workload) -> Step:
+def _projection_written_out() -> Callable[[Workload], Computed]:
     generator = torch.Generator().manual_seed(0)
 
-    def step() -> Tensor:
+    def compute(work: Workload) -> Computed:
         directions = straight_line.scaled_directions(work.y.new_empty(len(work.y), 10, dtype=work.x.dtype), generator)
-        return straight_line.written_out_step(work, OUTPUT_WEIGHT, directions=directions)
+        return written_out.penalised(work, OUTPUT_WEIGHT, directions=directions)
 
-    return step
+    return compute
 
 
 def _projected_objective(work: Workload) -> Step:
@@ -301,15 +309,20 @@ def _jacobian_regularizer(work: Workload) -> Step:
     return lambda: peers.jacobian_regularizer_step(work, OUTPUT_WEIGHT, generator)
 
 
-def _straight_lazy(input_step: Callable[[Workload, float], Tensor], work: Workload) -> Step:
-    calls = 0
+def _lazy(contender: Contender) -> Contender:
+    """Its step, and then plain ones until it is its turn again."""
 
-    def step() -> Tensor:
-        nonlocal calls
-        calls += 1
-        if calls % EVERY == 1:
-            return input_step(work, EVERY * INPUT_WEIGHT)
-        straight_line.plain_step(work)
-        return work.x.new_zeros(())
+    def build(work: Workload) -> Step:
+        penalised, calls = contender.build(work), 0
 
-    return step
+        def step() -> Tensor:
+            nonlocal calls
+            calls += 1
+            if calls % EVERY == 1:
+                return penalised()
+            straight_line.plain_step(work)
+            return work.x.new_zeros(())
+
+        return step
+
+    return replace(contender, build=build)

@@ -1,8 +1,8 @@
 """Each penalty written out by hand for a ReLU MLP with cross entropy: the floor in practice, of no use for anything else.
 
 The gradients δ_t and ∇_x f are formulas here, so autograd differentiates each of them once and computes nothing that is not
-needed. `written_out_step` has the derivatives of the formulas, too, and no autograd. A step leaves
-∂(data loss + weight · R)/∂θ in ``.grad`` and returns R (or the norms).
+needed (`written_out` has the derivatives of the formulas, too). A step leaves ∂(data loss + weight · R)/∂θ in ``.grad`` and
+returns R (or the norms).
 """
 
 from __future__ import annotations
@@ -91,82 +91,10 @@ def difference_step(work: Workload, weight: float, step: float) -> Tensor:
 
 
 @torch.no_grad()
-def written_out_step(
-    work: Workload, input_weight: float = 0.0, param_weight: float = 0.0, directions: Tensor | None = None
-) -> Tensor:
-    """R_x or R_θ, or both if both have a weight; R_x of the outputs along given directions (B, K), constants."""
-    work.model.zero_grad()
-    h, logits = _forward_in_place(work)
-    softmax = torch.softmax(logits, 1)
-    cotangent = softmax - F.one_hot(work.y, logits.shape[1])
-    deltas = [cotangent if directions is None else directions]
-    for linear, following in zip(reversed(work.linears[1:]), reversed(h[1:]), strict=True):
-        deltas.insert(0, _masked(deltas[0] @ linear.weight, following))
-    size, last = len(work.x), len(work.linears) - 1
-    weight_grads: list[Tensor | None] = [None] * (last + 1)
-    found: list[Tensor] = []
-    of_delta: Tensor | None = None  # its cotangent, first layer to last
-    if input_weight:
-        gradient = deltas[0] @ work.linears[0].weight
-        found.append(torch.linalg.vector_norm(gradient, dim=1).square().mean())
-        weight_grads[0] = (deltas[0] * (2 * input_weight / size)).t() @ gradient
-        of_delta = (gradient @ work.linears[0].weight.t()).mul_(2 * input_weight / size)
-    if param_weight:
-        norms = torch.stack([torch.linalg.vector_norm(rows, dim=1) for rows in (*h, *deltas)]).square_()
-        sizes, squares = norms[: last + 1] + 1, norms[last + 1 :]
-        found.append((sizes * squares).sum() / size)
-        scaled_sizes = sizes.mul_(2 * param_weight / size).unsqueeze(2).unbind()
-        scaled_squares = squares.mul_(2 * param_weight / size).unsqueeze(2).unbind()
-    for t, delta in enumerate(deltas):
-        if param_weight:
-            of_delta = delta * scaled_sizes[t] if of_delta is None else of_delta.addcmul_(delta, scaled_sizes[t])
-        assert of_delta is not None
-        if t < last:
-            pulled = _masked(of_delta, h[t + 1])
-            weight_grads[t + 1] = deltas[t + 1].t() @ pulled
-            of_delta = pulled @ work.linears[t + 1].weight.t()
-    delta = cotangent / size
-    if directions is None:  # the softmax depends on the outputs
-        delta += softmax * (of_delta - torch.linalg.vecdot(softmax, of_delta).unsqueeze(1))
-    for t in range(last, -1, -1):
-        linear, known = work.linears[t], weight_grads[t]
-        linear.weight.grad = delta.t() @ h[t] if known is None else known.addmm_(delta.t(), h[t])
-        linear.bias.grad = delta.sum(0)
-        if t > 0:
-            pushed = delta @ linear.weight
-            delta = _masked(pushed.addcmul_(h[t], scaled_squares[t]) if param_weight else pushed, h[t])
-    return torch.stack(found) if len(found) > 1 else found[0]
-
-
-def _masked(cotangent: Tensor, h: Tensor) -> Tensor:
-    """ReLU's derivative, written over the cotangent."""
-    return torch.ops.aten.threshold_backward.grad_input(cotangent, h, 0, grad_input=cotangent)
-
-
-def _forward_in_place(work: Workload) -> tuple[list[Tensor], Tensor]:
-    """Inputs of the dense layers, and the logits."""
-    h = [work.x]
-    for linear in work.linears[:-1]:
-        h.append(F.linear(h[-1], linear.weight, linear.bias).relu_())
-    return h, F.linear(h[-1], work.linears[-1].weight, work.linears[-1].bias)
-
-
-@torch.no_grad()
 def sample_norms(work: Workload) -> Tensor:
     """‖∇_θ f_i‖² of every sample and nothing else."""
     forward = _forward(work)
     return _param_sq_norms(forward, _deltas(work, forward, _cotangent(work, forward)))
-
-
-@torch.no_grad()
-def sample_norms_and_step(work: Workload) -> Tensor:
-    """‖∇_θ f_i‖² of every sample, and ∇_θ of the mean loss in ``.grad``."""
-    forward = _forward(work)
-    deltas = _deltas(work, forward, _cotangent(work, forward))
-    for linear, h, delta in zip(work.linears, forward.h, deltas, strict=True):
-        linear.weight.grad = (delta / len(h)).t() @ h
-        linear.bias.grad = delta.mean(0)
-    return _param_sq_norms(forward, deltas)
 
 
 def projection_step(work: Workload, weight: float, generator: torch.Generator) -> Tensor:
