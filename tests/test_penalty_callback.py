@@ -13,7 +13,7 @@ import lightning
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning_cases import DATA, ByHand, Plain, fit, state
@@ -540,6 +540,79 @@ def test_fit_twice_and_a_step_that_belongs_to_the_instance():
     del module.training_step
     train(module, callback)
     assert "training_step" not in vars(module)
+
+
+class Noting(Smooth):
+    """Notes whether somebody wants the gradient of its input."""
+
+    def __init__(self) -> None:
+        super().__init__(0.1)
+        self.batch_size, self.noted = 8, []
+
+    def training_step(self, batch, batch_idx):
+        self.noted.append(batch[0].requires_grad)
+        return super().training_step(batch, batch_idx)
+
+    def train_dataloader(self):
+        return DataLoader(DATA, self.batch_size)
+
+
+@pytest.mark.parametrize(
+    "search",
+    [
+        LearningRateFinder(num_training_steps=4, attr_name="lr", update_attr=True),
+        BatchSizeFinder(max_trials=1, steps_per_trial=2),
+    ],
+    ids=["learning rate", "batch size"],
+)
+def test_searches_before_training_see_the_loss_that_is_trained(search, tmp_path):
+    """Their runs leave callbacks out; memory and learning rates are those of the penalised loss all the same."""
+    module = Noting()
+    trainer = lightning.Trainer(
+        max_steps=2,
+        callbacks=[penalties(), search],
+        default_root_dir=tmp_path,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accelerator="cpu",
+    )
+    trainer.fit(module)
+    assert len(module.noted) >= 4 and all(module.noted)
+    assert "training_step" not in vars(module)
+
+
+def test_a_step_that_is_wrapped_once_more_is_penalised_once():
+    class Wrapping(Smooth):
+        def setup(self, stage):
+            inner = self.training_step
+
+            @functools.wraps(inner)
+            def outer(batch, batch_idx):
+                self.calls += 1
+                return inner(batch, batch_idx)
+
+            self.calls, self.training_step = 0, outer
+
+    module = Wrapping()
+    input_norm, _ = looped_norms(module, (X, Y))
+    data_loss, losses = loss_of(module, (X, Y)).item(), Losses()
+    train(module, GradPenaltyCallback(InputGradPenalty(0.1)), losses)
+    assert losses.values == pytest.approx([data_loss + 0.1 * input_norm], rel=1e-5)
+    assert module.calls == 1 and vars(module)["training_step"].__name__ == "training_step"
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda callback: pickle.loads(pickle.dumps(callback))])
+def test_a_copy_made_during_training_leaves_the_original_alone(how):
+    class CopyingAndFitting(lightning.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 0:
+                train(Smooth(), how(callback))
+
+    module, callback = Noting(), penalties()
+    train(module, callback, CopyingAndFitting(), batches=[(X, Y)] * 3)
+    assert module.noted == [True] * 3
 
 
 class Breaking(Smooth):

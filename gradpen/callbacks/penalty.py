@@ -107,20 +107,14 @@ class GradPenaltyCallback(Callback):
         self.sync_dist = sync_dist
         self._put_back: Callable[[], None] | None = None
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Wrap ``training_step`` before searches for a learning rate or a batch size, which run without callbacks."""
+        if stage == "fit":
+            self._wrap(trainer, pl_module)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Wrap ``training_step``."""
-        self._unwrap()
-        _check_run(trainer, pl_module)
-        own = pl_module.__dict__.get("training_step")
-
-        def put_back() -> None:
-            if own is None:
-                pl_module.__dict__.pop("training_step", None)
-            else:
-                pl_module.__dict__["training_step"] = own
-
-        pl_module.__dict__["training_step"] = _PenalizedStep(self, trainer, pl_module)
-        self._put_back = put_back
+        """Wrap ``training_step`` as it is now: hooks of the module may have changed it since `setup`."""
+        self._wrap(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put ``training_step`` back."""
@@ -133,6 +127,29 @@ class GradPenaltyCallback(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Put ``training_step`` back."""
         self._unwrap()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy made during ``fit`` has wrapped nothing, so it puts nothing back."""
+        return vars(self) | {"_put_back": None}
+
+    def _wrap(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._unwrap()
+        _check_run(trainer, pl_module)
+        attributes = vars(pl_module)
+        own = attributes.get("training_step")
+        penalized = _PenalizedStep(self, trainer, pl_module)
+
+        def put_back() -> None:
+            penalized.is_on = False
+            if attributes.get("training_step") is not penalized:  # somebody put another one in its place
+                return
+            if own is None:
+                del attributes["training_step"]
+            else:
+                attributes["training_step"] = own
+
+        attributes["training_step"] = penalized
+        self._put_back = put_back
 
     def _unwrap(self) -> None:
         if self._put_back is not None:
@@ -189,11 +206,13 @@ class _PenalizedStep:
     """``training_step`` with penalties. Copies of the module, pickled or not, have the step that it had before."""
 
     def __init__(self, callback: GradPenaltyCallback, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._callback, self._trainer, self._module = callback, trainer, pl_module
-        self._step = step = pl_module.training_step
+        step = pl_module.training_step
         functools.update_wrapper(self, step)
         # Lightning looks behind one decorator for the signature: a step that has one of its own must stay as it was seen
         self.__wrapped__ = getattr(step, "__wrapped__", step)
+        self.__code__ = getattr(self.__wrapped__, "__code__", None)  # by which Lightning tells an override
+        self._callback, self._trainer, self._module, self._step = callback, trainer, pl_module, step
+        self.is_on = True  # one that was taken off may still be called by what somebody wrapped around it
 
     def __call__(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """One step."""
@@ -201,6 +220,8 @@ class _PenalizedStep:
         def step(fed: Any) -> Any:
             return self._step(fed, *args, **kwargs)
 
+        if not self.is_on:
+            return step(batch)
         return self._callback._penalized(self._trainer, self._module, step, batch)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
