@@ -275,6 +275,36 @@ def test_rows_that_are_other_samples_are_refused():
         train(Flipped(), penalties())
 
 
+class TimeFirst(Smooth):
+    """The model takes (time, B, features), as torch's recurrent networks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(12, 3)
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(batch[0]).mean(0), batch[1])
+
+
+class TransposedInside(TimeFirst):
+    def training_step(self, batch, batch_idx):
+        return super().training_step((batch[0].transpose(0, 1), batch[1]), batch_idx)
+
+
+@pytest.mark.parametrize("penalty", [InputGradPenalty(0.1), ParamGradPenalty(0.1)], ids=["input", "param"])
+def test_an_input_whose_rows_are_times_is_refused(penalty):
+    times = torch.stack([X, 2 * X, X + 1, X - 1])
+    with pytest.raises(
+        ValueError, match=r"shape \(4, 6, 12\), while all else in the batch has 6 rows: let the collate"
+    ):
+        train(TimeFirst(), GradPenaltyCallback(penalty), batches=[(times, Y)])
+    train(TimeFirst(), GradPenaltyCallback(ParamGradPenalty(0.1, over="batch")), batches=[(times, Y)])
+    module, batch = TransposedInside(), (times.transpose(0, 1), Y)
+    expected, _ = looped_norms(module, batch)
+    logged = train(module, GradPenaltyCallback(InputGradPenalty(0.1)), batches=[batch]).callback_metrics
+    torch.testing.assert_close(logged["penalty/input"].item(), expected, rtol=1e-5, atol=0)
+
+
 class Tokens(Smooth):
     """Integer inputs have no gradient; the parameters do."""
 
@@ -772,6 +802,14 @@ def test_copies_of_a_module_that_is_trained_have_its_own_step(how):
 def test_a_batch_that_cannot_be_taken_apart():
     with pytest.raises(TypeError, match=r"tuples, lists, dicts and dataclasses, .* type Opaque"):
         train(Smooth(), penalties(inputs=0), batches=[Opaque(X, Y)])
+
+
+def test_such_a_batch_has_a_size_all_the_same():
+    module = Smooth()
+    _, expected = looped_norms(module, (X, Y))
+    callback = GradPenaltyCallback(ParamGradPenalty(0.1), inputs=0)
+    logged = train(module, callback, batches=[Opaque(X, Y)]).callback_metrics
+    torch.testing.assert_close(logged["penalty/param"].item(), expected, rtol=1e-5, atol=0)
 
 
 def test_two_callbacks_are_one_too_many():

@@ -35,8 +35,8 @@ class GradPenaltyCallback(Callback):
 
     The loss is taken for the mean (or the sum, ``reduction="sum"``) over the samples of f_i, where f_i depends on sample i
     alone. With token losses averaged over what ``ignore_index`` leaves, f_i is sample i's share of that mean, times the
-    batch size. The input is x as it is in the batch, before anything that ``training_step`` does to it, and that must not be
-    in place.
+    batch size. The input is x as it is in the batch, one sample a row (dimension 0), before anything that ``training_step``
+    does to it, and that must not be in place.
 
     A *step* is an optimiser step, the trainer's ``global_step``: weight schedules, ``every_n_steps`` and ``warmup_steps``
     count these, so all micro-batches of one step, and all evaluations of one LBFGS step, are penalised alike, and a resumed
@@ -167,12 +167,14 @@ class GradPenaltyCallback(Callback):
         fed, recording = batch, Recording(None, [])
         if any(isinstance(term, InputTerm) for term in terms):
             fed, recording = _with_input_gradients(batch, self.inputs)
+        batch_size = len(recording.inputs[0]) if recording.inputs else _batch_size(batch, self.inputs)
+        if any(isinstance(term, InputTerm) or term.over != "batch" for term in terms):
+            _check_samples_come_first(fed, recording.inputs)
         with _outputs_of(self._model_of(pl_module)) as outputs, CallRecorder(recording.gate) as recorder:
             returned = step(fed)
         if any(isinstance(term, InputTerm) and term.of == "output" for term in terms):
             _check_called_once(outputs)
         recording.calls, recording.output = recorder.calls, outputs[0] if len(outputs) == 1 else outputs
-        batch_size = len(recording.inputs[0]) if recording.inputs else _batch_size(batch, self.inputs)
         loss = _loss_of(returned)
         norms = evaluate_loss_terms(pl_module, loss, recording, terms, batch_size=batch_size, reduction=self.reduction)
         recording.gate.closed = True
@@ -357,14 +359,38 @@ def _loss_of(returned: Any) -> Tensor:
 def _batch_size(batch: Any, inputs: Getter) -> int:
     """Rows of the first tensor of x if it is given, else of the batch, that has any."""
     x = batch if inputs is None else split_batch(batch, inputs, lambda _: None)[0]
-    found: list[Tensor] = []
-    apply_to_collection(x, Tensor, found.append)
-    for tensor in found:
-        if tensor.dim() > 0:
-            return len(tensor)
+    for tensor in _with_rows(x):
+        return len(tensor)
     raise TypeError(
         f"expected a batch with tensors of shape (B, …), got {type(batch).__name__}: say where the input is with inputs=…"
     )
+
+
+def _with_rows(batch: Any) -> list[Tensor]:
+    """The tensors of a batch that have a dimension 0."""
+    found: list[Tensor] = []
+    apply_to_collection(batch, Tensor, found.append)
+    return [tensor for tensor in found if tensor.dim() > 0]
+
+
+def _check_samples_come_first(batch: Any, inputs: Sequence[Tensor]) -> None:
+    """An input (time, B, …) among targets (B, …) would be taken for as many samples as there are times.
+
+    Args:
+        batch: as ``training_step`` gets it.
+        inputs: what is x in it; () if that is not known, which is then its first tensor.
+    """
+    tensors = _with_rows(batch)
+    inputs = inputs or tensors[:1]
+    known = {id(tensor) for tensor in inputs}
+    shapes = [tensor.shape for tensor in inputs if tensor.dim() > 1]
+    rows = {len(tensor) for tensor in tensors if id(tensor) not in known}
+    if shapes and shapes[0][0] != shapes[0][1] and rows == {shapes[0][1]}:
+        raise ValueError(
+            f"expected one sample in each row (dimension 0) of the input, got an input of shape {tuple(shapes[0])}, while "
+            f"all else in the batch has {shapes[0][1]} rows: let the collate function put the samples first, and "
+            "training_step transpose them if the model wants them second"
+        )
 
 
 @contextmanager
