@@ -18,6 +18,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 
 from gradpen import evaluate_inequality
 from gradpen.callbacks import InequalityMonitor
+from gradpen.callbacks._batch import find_criterion
 from gradpen.callbacks._probe import draw_probe
 
 pytestmark = [
@@ -275,3 +276,33 @@ def test_integers_that_are_no_classes_need_a_criterion(tmp_path):
         ValueError, match=r"cross entropy was chosen, and it says: Target \d is out of bounds.*criterion="
     ):
         run(OfTwoClasses(), [InequalityMonitor(num_samples=8)], tmp_path, limit_val_batches=0)
+
+
+class Regression(Plain):
+    """One output, which is squeezed before it is compared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(12, 5), nn.Tanh(), nn.Linear(5, 1))
+
+    def training_step(self, batch, batch_idx):
+        return F.mse_loss(self.net(batch[0])[:, 0], batch[1])
+
+
+def test_the_squared_error_of_one_output_is_that_of_its_own_target(tmp_path):
+    data = TensorDataset(DATA.tensors[0], DATA.tensors[0].sum(1))
+    found, given = (
+        InequalityMonitor(every_n_steps=4, num_samples=8, criterion=criterion, prefix=str(index))
+        for index, criterion in enumerate((None, lambda output, target: (output[:, 0] - target).square()))
+    )
+    run(Regression(), [found, given], tmp_path, train=DataLoader(data, 16), limit_val_batches=0)
+    assert found.history == given.history
+
+
+@pytest.mark.parametrize(("outputs", "targets"), [((1,), ()), ((), (1,)), ((2, 1), (2,)), ((2,), (2,))])
+def test_a_squared_error_is_that_of_torch_but_for_dimensions_of_size_1(outputs, targets):
+    output, target = torch.randn(6, *outputs), torch.randn(6, *targets)
+    found, _ = find_criterion(nn.Identity(), None, target)
+    expected = (output.reshape(6, -1) - target.reshape(6, -1)).square()
+    torch.testing.assert_close(found(output, target, reduction="none").reshape(6, -1), expected)
+    torch.testing.assert_close(found(output, target), expected.mean())

@@ -76,10 +76,17 @@ def find_criterion(module: nn.Module, criterion: Any, y: Any) -> tuple[Callable[
     if isinstance(y, Tensor) and not y.is_floating_point():
         return F.cross_entropy, INTEGER_TARGETS
     if isinstance(y, Tensor):
-        return F.mse_loss, "floating-point targets"
+        return mse_loss, "floating-point targets"
     raise ValueError(
         f"expected targets of one tensor to choose a criterion for, got {type(y).__name__}: give criterion=…"
     )
+
+
+def mse_loss(output: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+    """The mean squared error, also of outputs (B, 1) and targets (B,), of which torch would compare each with each."""
+    if [n for n in output.shape[1:] if n != 1] == [n for n in target.shape[1:] if n != 1]:
+        output = output.reshape(len(output), *target.shape[1:])
+    return F.mse_loss(output, target, reduction=reduction)
 
 
 def input_place(batch: Any, inputs: Getter) -> Any:
