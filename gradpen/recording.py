@@ -93,13 +93,13 @@ def record_forward(model: nn.Module, x: Any, *, input_grad: bool, calls: bool) -
         return Recording(call_model(model, fed), inputs)
     given = {id(tensor) for tensor in float_tensors(x)}
     gate = InputGate([tensor for tensor in inputs if input_grad and id(tensor) not in given])
-    with CallRecorder(gate) as recorder, _in_place_explained(input_grad):
+    with CallRecorder(gate) as recorder, in_place_explained(input_grad):
         output = call_model(model, fed)
     return Recording(output, inputs, recorder.calls, gate, recorder.is_hooked or _saved_tensors_are_hooked())
 
 
 @contextlib.contextmanager
-def _in_place_explained(input_grad: bool) -> Iterator[None]:
+def in_place_explained(input_grad: bool, who: str = "the model") -> Iterator[None]:
     """What PyTorch says of "leaf variables" means the input, which the user may never have asked to require grad."""
     try:
         yield
@@ -107,7 +107,7 @@ def _in_place_explained(input_grad: bool) -> Iterator[None]:
         if not (input_grad and "leaf Variable that requires grad" in str(error) and "in-place" in str(error)):
             raise
         raise RuntimeError(
-            "the model changes its input in place (`x += …`, or nn.ReLU(inplace=True) as its first layer), so that the "
+            f"{who} changes its input in place (`x += …`, or nn.ReLU(inplace=True) as its first layer), so that the "
             "values are lost at which its gradient is wanted: replace the operation by an ordinary one (`x = x + …`)"
         ) from error
 

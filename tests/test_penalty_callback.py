@@ -707,6 +707,12 @@ class Normalised(Smooth):
         self.net.insert(1, nn.BatchNorm1d(10))
 
 
+class InPlace(Smooth):
+    def training_step(self, batch, batch_idx):
+        batch[0].sub_(0.5)
+        return super().training_step(batch, batch_idx)
+
+
 class Vector(Smooth):
     def training_step(self, batch, batch_idx):
         return {"loss": F.cross_entropy(self.net(batch[0]), batch[1], reduction="none")}
@@ -723,8 +729,9 @@ class Vector(Smooth):
         (CompiledPart, "compiled with torch.compile: fit the original module"),
         (lambda: torch.compile(Smooth()), "compiled with torch.compile: fit the original module"),
         (Normalised, "layer 'net.1' .* mixes the samples"),
+        (InPlace, "training_step, or the model, changes its input in place"),
     ],
-    ids=["manual", "none", "vector", "detached", "fetching", "compiled part", "compiled", "batch norm"],
+    ids=["manual", "none", "vector", "detached", "fetching", "compiled part", "compiled", "batch norm", "in place"],
 )
 def test_modules_that_cannot_be_penalised(make, words):
     with pytest.raises(RuntimeError, match=words):

@@ -19,7 +19,15 @@ from gradpen.callbacks._batch import Getter, find_model, input_place, split_batc
 from gradpen.callbacks._lightning import Callback
 from gradpen.evaluation import evaluate_loss_terms
 from gradpen.penalties import GradPenalty
-from gradpen.recording import CallRecorder, InputGate, Recording, float_tensors, requiring_grad, tensors_of
+from gradpen.recording import (
+    CallRecorder,
+    InputGate,
+    Recording,
+    float_tensors,
+    in_place_explained,
+    requiring_grad,
+    tensors_of,
+)
 from gradpen.terms import GroupNorms, InputTerm
 
 Due = list[tuple[GradPenalty, float]]  # the penalties of one step, and what each R is multiplied by
@@ -170,7 +178,11 @@ class GradPenaltyCallback(Callback):
         batch_size = len(recording.inputs[0]) if recording.inputs else _batch_size(batch, self.inputs)
         if any(isinstance(term, InputTerm) or term.over != "batch" for term in terms):
             _check_samples_come_first(fed, recording.inputs)
-        with _outputs_of(self._model_of(pl_module)) as outputs, CallRecorder(recording.gate) as recorder:
+        with (
+            _outputs_of(self._model_of(pl_module)) as outputs,
+            CallRecorder(recording.gate) as recorder,
+            in_place_explained(bool(recording.inputs), "training_step, or the model,"),
+        ):
             returned = step(fed)
         if any(isinstance(term, InputTerm) and term.of == "output" for term in terms):
             _check_called_once(outputs)
