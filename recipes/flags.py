@@ -24,6 +24,12 @@ VARIANTS = {  # of the penalties → what they are variants of
     "unsquared": ("input", "param", "both"),
     "every_n_steps": ("input", "param", "both"),
 }
+UNSUITABLE = {  # strategies → why
+    **dict.fromkeys(
+        ("spawn", "fork", "notebook"), "the checks and logs of a run are lost with processes that end before it"
+    ),
+    **dict.fromkeys(("fsdp", "deepspeed", "model_parallel"), "the bound needs whole weights, and this one shards them"),
+}
 CTRL_C = 130  # the exit status that shells expect
 
 
@@ -115,6 +121,9 @@ class Settings:
                 raise UserError(f"{flag(name)} must be {expected}, got {getattr(self, name)}")
         if self.precision not in PRECISIONS:
             raise UserError(f"--precision must be one of {', '.join(PRECISIONS)}, got {self.precision}")
+        for word, why in UNSUITABLE.items():
+            if word in self.strategy:
+                raise UserError(f"--strategy {self.strategy}: {why}. Use ddp, or a single device")
         if self.momentum and self.optimizer != "sgd":
             raise UserError(f"--momentum {self.momentum} is SGD's, got --optimizer {self.optimizer}")
         if self.param_weight is not None and self.penalty != "both":

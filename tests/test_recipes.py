@@ -349,6 +349,11 @@ def test_the_written_hparams_are_a_config(run: Run, tmp_path: Path) -> None:
         (("--dropout", "1.5"), "--dropout must be from 0 to 1, got 1.5"),
         (("--label-smoothing", "2"), "--label-smoothing must be from 0 to 1, got 2.0"),
         (("--seed", "-1"), "--seed must be from 0 to 4294967295, got -1"),
+        (
+            ("--strategy", "ddp_spawn"),
+            "--strategy ddp_spawn: the checks and logs of a run are lost with processes that",
+        ),
+        (("--strategy", "fsdp"), "--strategy fsdp: the bound needs whole weights"),
         (("--precision", "foo"), "--precision must be one of 32-true, 64-true, 16-mixed, bf16-mixed, got foo"),
         (
             ("--of", "output"),
