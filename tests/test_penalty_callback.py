@@ -305,6 +305,14 @@ def test_an_input_whose_rows_are_times_is_refused(penalty):
     torch.testing.assert_close(logged["penalty/input"].item(), expected, rtol=1e-5, atol=0)
 
 
+def test_a_single_sample_is_no_batch():
+    with pytest.raises(
+        ValueError, match=r"shape \(12,\), while all else in the batch is single numbers: let the data loader"
+    ):
+        train(Smooth(), GradPenaltyCallback(InputGradPenalty(0.1)), batches=[(X[0], Y[0])])
+    assert train(Smooth(), penalties(), batches=[(X[:1], Y[:1])]).callback_metrics["penalty/input"] > 0
+
+
 class Tokens(Smooth):
     """Integer inputs have no gradient; the parameters do."""
 
@@ -835,13 +843,14 @@ def test_a_strategy_that_shards_parameters_is_refused():
 
 
 @pytest.mark.parametrize("inputs", [None, "x"])
-def test_a_batch_without_rows_has_no_size(inputs):
+@pytest.mark.parametrize("penalty", [ParamGradPenalty(0.1), InputGradPenalty(0.1)], ids=["param", "input"])
+def test_a_batch_without_rows_has_no_size(penalty, inputs):
     class FromNothing(Smooth):
         def training_step(self, batch, batch_idx):
             return F.cross_entropy(self.net(X), Y)
 
-    callback = GradPenaltyCallback(ParamGradPenalty(0.1), inputs=inputs)
-    with pytest.raises(TypeError, match=r"tensors of shape \(B, …\), got dict: say where the input is"):
+    callback = GradPenaltyCallback(penalty, inputs=inputs)
+    with pytest.raises(TypeError, match=r"tensors of shape \(B, …\), got (dict|list): say where the input is"):
         train(FromNothing(), callback, batches=[{"x": torch.tensor(1.0)}])
 
 

@@ -175,7 +175,7 @@ class GradPenaltyCallback(Callback):
         fed, recording = batch, Recording(None, [])
         if any(isinstance(term, InputTerm) for term in terms):
             fed, recording = _with_input_gradients(batch, self.inputs)
-        batch_size = len(recording.inputs[0]) if recording.inputs else _batch_size(batch, self.inputs)
+        batch_size = _batch_size(recording.inputs, None) if recording.inputs else _batch_size(batch, self.inputs)
         if any(isinstance(term, InputTerm) or term.over != "batch" for term in terms):
             _check_samples_come_first(fed, recording.inputs)
         with (
@@ -378,30 +378,42 @@ def _batch_size(batch: Any, inputs: Getter) -> int:
     )
 
 
-def _with_rows(batch: Any) -> list[Tensor]:
-    """The tensors of a batch that have a dimension 0."""
+def _tensors_in(batch: Any) -> list[Tensor]:
     found: list[Tensor] = []
     apply_to_collection(batch, Tensor, found.append)
-    return [tensor for tensor in found if tensor.dim() > 0]
+    return found
+
+
+def _with_rows(batch: Any) -> list[Tensor]:
+    """The tensors of a batch that have a dimension 0."""
+    return [tensor for tensor in _tensors_in(batch) if tensor.dim() > 0]
 
 
 def _check_samples_come_first(batch: Any, inputs: Sequence[Tensor]) -> None:
-    """An input (time, B, …) among targets (B, …) would be taken for as many samples as there are times.
+    """The rows of an input (time, B, …) among targets (B, …), or of a single sample, would be taken for samples.
 
     Args:
         batch: as ``training_step`` gets it.
-        inputs: what is x in it; () if that is not known, which is then its first tensor.
+        inputs: what is x in it; () if that is not known, which is then its first tensor with rows.
     """
-    tensors = _with_rows(batch)
-    inputs = inputs or tensors[:1]
+    tensors = _tensors_in(batch)
+    inputs = inputs or _with_rows(tensors)[:1]
     known = {id(tensor) for tensor in inputs}
-    shapes = [tensor.shape for tensor in inputs if tensor.dim() > 1]
-    rows = {len(tensor) for tensor in tensors if id(tensor) not in known}
-    if shapes and shapes[0][0] != shapes[0][1] and rows == {shapes[0][1]}:
+    shapes = [tensor.shape for tensor in inputs if tensor.dim() > 0]
+    beside = [tensor.shape for tensor in tensors if id(tensor) not in known]
+    if not (shapes and beside):
+        return
+    expected = (
+        f"expected one sample in each row (dimension 0) of the input, got an input of shape {tuple(shapes[0])}, while"
+    )
+    if not any(beside):
         raise ValueError(
-            f"expected one sample in each row (dimension 0) of the input, got an input of shape {tuple(shapes[0])}, while "
-            f"all else in the batch has {shapes[0][1]} rows: let the collate function put the samples first, and "
-            "training_step transpose them if the model wants them second"
+            f"{expected} all else in the batch is single numbers: let the data loader make batches, also of one sample"
+        )
+    if shapes[0][:1] != shapes[0][1:2] and all(shape[:1] == shapes[0][1:2] for shape in beside if shape):
+        raise ValueError(
+            f"{expected} all else in the batch has {shapes[0][1]} rows: let the collate function put the samples first, "
+            "and training_step transpose them if the model wants them second"
         )
 
 
