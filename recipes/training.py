@@ -8,6 +8,7 @@ import signal
 import warnings
 from dataclasses import asdict, replace
 from importlib.util import find_spec
+from io import StringIO
 from math import ceil
 from pathlib import Path
 from pickle import UnpicklingError
@@ -329,14 +330,22 @@ def _clear(out: Path) -> None:
 def _step_of(checkpoint: Path) -> int:
     try:
         return int(torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"])
-    except (EOFError, RuntimeError, UnpicklingError) as error:
+    except (EOFError, KeyError, RuntimeError, UnpicklingError) as error:
         raise UserError(f"--resume: {checkpoint} cannot be read ({error!r}): start anew without --resume") from error
 
 
 def _rows_until(path: Path, step: int) -> list[dict[str, Any]]:
-    """The rows of metrics.csv that the resumed run will not write again."""
+    """The rows of metrics.csv that the resumed run will not write again; those of a killed run may break off."""
     if not path.exists():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = [{name: value for name, value in row.items() if value} for row in csv.DictReader(file)]
-    return [row for row in rows if int(row["step"]) <= step and "accuracy/test" not in row]
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        rank_zero_info(f"{path} breaks off in its last line, which is left out")
+    rows = [{name: value for name, value in row.items() if value} for row in csv.DictReader(StringIO(whole))]
+    try:
+        return [row for row in rows if int(row["step"]) <= step and "accuracy/test" not in row]
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"--resume: {path} cannot be read ({error!r}): remove it, or start anew without --resume"
+        ) from error

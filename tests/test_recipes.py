@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -197,12 +198,32 @@ def test_a_resume_without_checkpoint_says_so(run: Run, tmp_path: Path, said: lis
     assert said[0] == f"no checkpoint under {tmp_path / 'run'}: starting from the beginning"
 
 
-@pytest.mark.parametrize("damage", [b"", b"no checkpoint", b"PK"])
+@pytest.mark.parametrize("damage", [b"", b"no checkpoint", b"PK", pickle.dumps({}, protocol=2)])
 def test_a_damaged_checkpoint_is_named(run: Run, tmp_path: Path, damage: bytes) -> None:
     run(small=TINY)
     (tmp_path / "run" / "last.ckpt").write_bytes(damage)
     with pytest.raises(flags.UserError, match=r"last.ckpt cannot be read .*: start anew without --resume"):
         run("--resume", small=TINY)
+
+
+@pytest.mark.parametrize("end", ["in the header", "in a row", "after a row"])
+def test_rows_that_a_killed_run_has_not_written_whole_are_left_out(tmp_path: Path, said: list[str], end: str) -> None:
+    path = tmp_path / "metrics.csv"
+    text = {
+        "in the header": "data_lo",
+        "in a row": "data_loss,step\n0.5,10\n0.4,2",
+        "after a row": "data_loss,step\n0.5,10\n",
+    }
+    path.write_text(text[end], encoding="utf-8")
+    assert training._rows_until(path, 20) == ([] if end == "in the header" else [{"data_loss": "0.5", "step": "10"}])
+    assert len(said) == (end != "after a row")
+
+
+def test_damaged_rows_are_named(tmp_path: Path) -> None:
+    for text in ("data_loss\n0.5\n", "data_loss,step\n0.5,\x00\x01\n"):
+        (tmp_path / "metrics.csv").write_text(text, encoding="utf-8")
+        with pytest.raises(flags.UserError, match=r"metrics.csv cannot be read .*: remove it, or start anew"):
+            training._rows_until(tmp_path / "metrics.csv", 20)
 
 
 def test_a_mistaken_flag_leaves_the_earlier_run_as_it_was(run: Run, tmp_path: Path) -> None:
