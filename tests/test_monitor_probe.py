@@ -18,7 +18,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 
 from gradpen import evaluate_inequality
 from gradpen.callbacks import InequalityMonitor
-from gradpen.callbacks._batch import find_criterion
+from gradpen.callbacks._batch import find_criterion, find_model
 from gradpen.callbacks._probe import draw_probe
 
 pytestmark = [
@@ -306,3 +306,31 @@ def test_a_squared_error_is_that_of_torch_but_for_dimensions_of_size_1(outputs, 
     expected = (output.reshape(6, -1) - target.reshape(6, -1)).square()
     torch.testing.assert_close(found(output, target, reduction="none").reshape(6, -1), expected)
     torch.testing.assert_close(found(output, target), expected.mean())
+
+
+class Inside(Plain):
+    """The network lies within a module that cannot be called."""
+
+    def __init__(self, holder: nn.Module) -> None:
+        super().__init__()
+        del self.net
+        self.held = holder
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(find_model(self, None)(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize("make", [Plain, lambda: nn.ModuleDict({"one": Plain().net}), lambda: nn.ModuleList([Plain()])])
+def test_the_model_is_found_within_what_cannot_be_called(make, tmp_path):
+    monitor = InequalityMonitor(num_samples=8)
+    run(Inside(make()), [monitor], tmp_path, limit_val_batches=0)
+    assert steps(monitor) == [0, 12] and [layer.name for layer in monitor.report.layers] == ["0", "3"]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_what_can_be_called_is_the_model():
+    net = nn.Sequential(nn.Linear(3, 2))
+    for model in (net, torch.compile(net), torch.jit.script(net)):
+        assert find_model(nn.ModuleList([model]), None) is model
+    with pytest.raises(ValueError, match=r"expected ModuleList to define forward.x., .* got children \['0', '1'\]"):
+        find_model(nn.ModuleList([nn.ModuleList([net, nn.Linear(1, 1)])]), None)

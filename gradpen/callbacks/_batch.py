@@ -36,7 +36,7 @@ def split_batch(batch: Any, inputs: Getter, targets: Getter) -> tuple[Any, Any]:
 def find_model(module: nn.Module, model: str | Callable[[nn.Module], nn.Module] | nn.Module | None) -> nn.Module:
     """The part of a LightningModule that maps x to the output.
 
-    The module itself if it defines ``forward``, else its only child with parameters.
+    The module itself if it defines ``forward``, else its only child with parameters, or what is found likewise within that.
 
     Raises:
         ValueError: if neither is the case.
@@ -47,16 +47,23 @@ def find_model(module: nn.Module, model: str | Callable[[nn.Module], nn.Module] 
         return module.get_submodule(model)
     if model is not None:
         return model(module)
-    defined_in = type(module).forward.__module__.partition(".")[0]
-    if defined_in not in ("lightning", "pytorch_lightning"):
+    if _has_forward(module):
         return module
     children = {name: child for name, child in module.named_children() if any(True for _ in child.parameters())}
     if len(children) == 1:
-        return next(iter(children.values()))
+        return find_model(next(iter(children.values())), None)
     raise ValueError(
         f"expected {type(module).__name__} to define forward(x), or to have one child module with parameters, got "
         f"children {sorted(children)}: say which part maps x to the output with model='name'"
     )
+
+
+def _has_forward(module: nn.Module) -> bool:
+    """Whether a module can be called: LightningModules need not be, and containers are not."""
+    forward = getattr(type(module), "forward", None)  # None of what torch.jit.script has made
+    if forward is nn.Module.forward:
+        return "forward" in vars(module)  # where torch.compile puts it
+    return getattr(forward, "__module__", "").partition(".")[0] not in ("lightning", "pytorch_lightning")
 
 
 def find_criterion(module: nn.Module, criterion: Any, y: Any) -> tuple[Callable[..., Tensor], str]:
