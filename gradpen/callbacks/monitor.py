@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -99,7 +99,7 @@ class InequalityMonitor(Callback):
         every_n_steps: int | None = None,
         *,
         every_n_epochs: int | None = None,
-        at: Collection[int] | Callable[[int], bool] | None = None,
+        at: Iterable[int] | Callable[[int], bool] | None = None,
         num_samples: int = 64,
         probe: str | tuple[Any, Any] | Mapping[str, Any] = "val",
         seed: int = 0,
