@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -33,12 +32,11 @@ def run_both(folder: Path) -> list[dict]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
     )
     try:
         output, _ = process.communicate(timeout=300)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        process.terminate()  # the launcher ends the processes, which have sessions of their own
         pytest.fail(f"the processes hang:\n{process.communicate()[0][-4000:]}")
     assert process.returncode == 0, output[-4000:]
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]

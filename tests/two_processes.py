@@ -154,4 +154,5 @@ def main(folder: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(Path(sys.argv[1]))
+    torch.distributed.barrier()  # before torch 2.8 the next line hangs while a thread still lets go of a tensor
     torch.distributed.destroy_process_group()  # or its threads may still run when the process ends
