@@ -6,6 +6,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+OLDEST ?= .venv-oldest
 PYTEST_ARGS ?= -n 2
 
 BIN := $(VENV)/bin
@@ -14,7 +15,7 @@ SETUP := $(VENV)/.setup
 BENCH_SETUP := $(VENV)/.bench
 
 .DEFAULT_GOAL := help
-.PHONY: help setup mnist cifar compare-quick test thorough lint format docs bench bench-quick clean
+.PHONY: help setup mnist cifar compare-quick test test-oldest thorough lint format docs bench bench-quick clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /:/' | awk -F: '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -33,6 +34,9 @@ compare-quick: $(SETUP)  ## a small comparison with every figure, on embedded im
 
 test: lint  ## lint, types and tests, as CI does
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-oldest: $(OLDEST)/.setup  ## the tests with the oldest versions that pyproject.toml allows, on Python 3.10 or 3.11
+	$(OLDEST)/bin/python -m pytest $(PYTEST_ARGS)
 
 thorough: $(SETUP)  ## the properties on new random networks, 1,000 for the inequality in each precision, with statistics
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest tests/test_properties.py --hypothesis-show-statistics
@@ -56,8 +60,8 @@ bench: $(BENCH_SETUP)  ## tables of costs beside the peers'
 bench-quick: $(BENCH_SETUP)  ## the same, smaller
 	$(BIN)/python benchmarks/run.py --quick $(ARGS)
 
-clean:  ## remove .venv, caches and built pages; data/ and runs/ stay
-	rm -rf $(VENV) docs/_build build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+clean:  ## remove both .venv, caches and built pages; data/ and runs/ stay
+	rm -rf $(VENV) $(OLDEST) docs/_build build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find gradpen tests recipes benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 $(BIN)/python:
@@ -66,6 +70,12 @@ $(BIN)/python:
 $(SETUP): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Setting up $(VENV): this takes about two minutes, once."
 	$(PIP) --editable ".[recipes,dev,docs]"
+	@touch $@
+
+$(OLDEST)/.setup: pyproject.toml
+	$(PYTHON) -m venv --clear $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct --editable ".[recipes,dev]"
 	@touch $@
 
 $(BENCH_SETUP): $(SETUP)
