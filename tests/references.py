@@ -246,3 +246,12 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> 
     torch.testing.assert_close(
         actual.detach().double(), expected.detach().double(), rtol=tolerance, atol=tolerance * largest
     )
+
+
+def check(
+    actual: Tensor, expected: Tensor, model: nn.Module, tolerance: float = 1e-10, exact_model: nn.Module | None = None
+) -> None:
+    """Values (B,), and the gradient of their mean in the parameters of the models that they are of."""
+    assert_close(actual, expected, tolerance)
+    gradient = flat_gradient(actual.mean(), model)
+    assert relative_error(gradient, flat_gradient(expected.mean(), exact_model or model)) < tolerance
