@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import itertools
+import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, KeysView, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -98,19 +100,54 @@ def differentiate(
     ]
     for tensor, _ in hooked:
         tensor._backward_hooks = None
+    grad = functools.partial(
+        torch.autograd.grad,
+        outputs,
+        inputs,
+        cotangents,
+        create_graph=create_graph,
+        retain_graph=True,
+        allow_unused=True,
+        is_grads_batched=batched,
+    )
     try:
-        return torch.autograd.grad(
-            outputs,
-            inputs,
-            cotangents,
-            create_graph=create_graph,
-            retain_graph=True,
-            allow_unused=True,
-            is_grads_batched=batched,
-        )
+        return grad()
+    except RuntimeError as error:
+        if "donated buffers" not in str(error):
+            raise
+        _admit_further_passes(outputs, error)
+        return grad()
     finally:
         for tensor, hooks in hooked:
             tensor._backward_hooks = hooks
+
+
+def compiled_for_several_passes() -> AbstractContextManager[object]:
+    """Within the block torch.compile makes graphs that can be differentiated more than once.
+
+    Otherwise the backward pass of a compiled module may write over what its forward pass has kept.
+    """
+    # not imported as long as nothing was compiled
+    config: Any = None if torch.compiler.is_compiling() else sys.modules.get("torch._functorch.config")
+    return config.patch(donated_buffer=False) if hasattr(config, "donated_buffer") else nullcontext()
+
+
+def _admit_further_passes(outputs: Tensor, error: RuntimeError) -> None:
+    """Torch refuses what was made by `compiled_for_several_passes`, too, unless it is told that nothing is written over.
+
+    Raises:
+        RuntimeError: if something is.
+    """
+    for node in walk_graph(outputs).nodes:
+        compiled: Any = getattr(getattr(type(node), "_forward_cls", None), "metadata", None)
+        if getattr(compiled, "bw_donated_idxs", None):
+            raise RuntimeError(
+                "a penalty differentiates the model's output before the loss is differentiated, and torch.compile has made "
+                "a backward pass for this module that can run only once: set "
+                "torch._functorch.config.donated_buffer = False before the module is called for the first time"
+            ) from error
+        if hasattr(compiled, "bw_donated_idxs"):
+            compiled.bw_donated_idxs = []
 
 
 def differentiate_rows(outputs: Tensor, inputs: Sequence[Tensor], cotangents: Tensor) -> tuple[Tensor | None, ...]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gradpen import _checks, chain_terms, finite_difference, gradients, mixing, param_norms
-from gradpen._graph import GraphWalk, check_derivable_twice, edge_of, walk_graph
+from gradpen._graph import GraphWalk, check_derivable_twice, compiled_for_several_passes, edge_of, walk_graph
 from gradpen._numerics import sum_tensors
 from gradpen.criteria import Criterion, Scalar
 from gradpen.dense_chain import DenseChain
@@ -203,7 +204,8 @@ def evaluate_terms(
     versions = versions_of(x)
     perhaps_chain &= not any(tensor.requires_grad for tensor in tensors_of(x))  # nobody wants derivatives in x
     calls = perhaps_chain or any(needs_deltas(term) for term in kinds)
-    recording = record_forward(model, x, input_grad=input_grad, calls=calls)
+    with compiled_for_several_passes() if displaced else contextlib.nullcontext():
+        recording = record_forward(model, x, input_grad=input_grad, calls=calls)
     if others is not None:
         others.moved = others.moved or rng.others_moved()
     chain = chain_terms.chain_of(recording) if perhaps_chain and not recording.is_hooked else None

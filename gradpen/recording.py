@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from gradpen import _graph
+from gradpen import _checks, _graph
 from gradpen._attributes import attributes_kept
 
 
@@ -91,6 +91,11 @@ def record_forward(model: nn.Module, x: Any, *, input_grad: bool, calls: bool) -
         )
     if not (calls or input_grad):
         return Recording(call_model(model, fed), inputs)
+    if not calls and any(
+        map(_checks.is_compiled, model.modules())
+    ):  # torch would compile it piece by piece under a mode
+        with in_place_explained(input_grad):
+            return Recording(call_model(model, fed), inputs)
     given = {id(tensor) for tensor in float_tensors(x)}
     gate = InputGate([tensor for tensor in inputs if input_grad and id(tensor) not in given])
     with CallRecorder(gate) as recorder, in_place_explained(input_grad):
@@ -193,7 +198,7 @@ def call_with(
     kept = contextlib.nullcontext() if torch.compiler.is_compiling() else attributes_kept(model)
     with kept:
         whole = model
-        if then is not None:
+        if then is not None or not torch.compiler.is_compiling():
             whole, tensors = _AndThen(model, then), {f"model.{name}": tensor for name, tensor in tensors.items()}
         if not tensors:
             return call_model(whole, x)
@@ -204,15 +209,17 @@ def call_with(
 
 
 class _AndThen(nn.Module):
-    """A model, and something done to its output."""
+    """A model, and something done to its output, if anything."""
 
-    def __init__(self, model: nn.Module, then: Callable[[Any], Any]) -> None:
+    def __init__(self, model: nn.Module, then: Callable[[Any], Any] | None) -> None:
         super().__init__()
         self.model = model
         self.then = then
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.then(self.model(*args, **kwargs))
+        with _graph.compiled_for_several_passes():
+            output = self.model(*args, **kwargs)
+        return output if self.then is None else self.then(output)
 
 
 def _at_all_places(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
