@@ -48,7 +48,9 @@ def behind_a_loss(work: Workload, compute: Callable[[Workload], Computed]) -> Ca
     def step() -> Tensor:
         work.model.zero_grad()
         found, gradients = compute(work)
-        _WithGradients.apply(found.mean(), gradients, *parameters).backward()
+        loss = _WithGradients.apply(found.mean(), gradients, *parameters)
+        del gradients  # autograd would copy what somebody else refers to
+        loss.backward()
         return found
 
     return step

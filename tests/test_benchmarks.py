@@ -35,6 +35,7 @@ import spectral_methods  # noqa: E402
 import straight_line  # noqa: E402
 import tables  # noqa: E402
 import workload  # noqa: E402
+import written_out  # noqa: E402
 
 JOBS = contenders.jobs()
 NOT_FOR_ALL = ("BackPACK", "Opacus")  # may not be installed
@@ -321,3 +322,16 @@ def test_publishing_a_part_is_refused(capsys):
         with pytest.raises(SystemExit):
             run.main(flags)
     assert "expects" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("setting", [written_out.without_autograd, written_out.behind_a_loss])
+def test_the_code_by_hand_copies_no_gradient(setting, work):
+    computed = []
+
+    def compute(work):
+        step = written_out.sample_norms(work)
+        computed.extend(gradient.data_ptr() for gradient in step.gradients)
+        return step
+
+    setting(work, compute)()
+    assert computed == [parameter.grad.data_ptr() for parameter in work.model.parameters()]
