@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import (
     Callback,
+    EarlyStopping,
     GradientAccumulationScheduler,
     ModelCheckpoint,
     StochasticWeightAveraging,
@@ -145,7 +146,7 @@ def traces(module_class, callbacks, tmp_path, loader_options=None, compiled=Fals
         "python": random.getstate(),
         "order": module.seen,
         "attributes": [getattr(module, "calls", None), str(getattr(module, "carry", None))],
-        "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+        "metrics": {n: float(value) for n, value in trainer.callback_metrics.items() if not n.startswith("bound/")},
         "modes": [child.training for child in module.modules()],
         "hooks": [len(child._forward_hooks) for child in module.modules()],
         "gradients": [None if p.grad is None else p.grad.tolist() for p in module.parameters()],
@@ -419,6 +420,32 @@ def test_tensorboard_and_csv_get_every_value_at_its_step(tmp_path):
         expected = {row["step"]: row[name.split("/")[-1]] for row in rows}
         assert {event.step: event.value for event in events.Scalars(name)} == pytest.approx(expected, rel=1e-6)
         assert {int(row["step"]): float(row[name]) for row in table} == pytest.approx(expected, rel=1e-6)
+
+
+def test_other_callbacks_go_by_the_latest_check(tmp_path):
+    found = InequalityMonitor(every_n_epochs=1, num_samples=16)
+    best = ModelCheckpoint(tmp_path, monitor="bound/tightness", mode="max", save_top_k=1)
+    stopping = EarlyStopping("bound/rhs", mode="max", patience=2)  # which falls, so that it stops
+    trainer = run(Plain(), [found, best, stopping], tmp_path, max_epochs=9)
+    by_step = {row["step"]: row["tightness"] for row in whole(found)}
+    at_ends = {step: value for step, value in by_step.items() if step > 0}
+    assert float(best.best_model_score) == pytest.approx(max(at_ends.values()))
+    assert f"step={max(at_ends, key=lambda step: at_ends[step])}" in best.best_model_path
+    assert trainer.current_epoch == stopping.stopped_epoch + 1 < 9
+    assert float(trainer.callback_metrics["bound/rhs"]) == pytest.approx(whole(found)[-1]["rhs"])
+
+
+def test_other_callbacks_know_a_check_as_soon_as_a_run_is_resumed(tmp_path):
+    class Reading(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            self.seen = float(trainer.callback_metrics["bound/rhs"])
+
+    checkpoints, reading = ModelCheckpoint(tmp_path), Reading()
+    found = InequalityMonitor(every_n_epochs=2, num_samples=16)
+    run(Plain(), [found, checkpoints], tmp_path, max_epochs=2)
+    resumed = InequalityMonitor(every_n_epochs=2, num_samples=16)
+    run(Plain(), [resumed, reading], tmp_path, max_epochs=3, ckpt_path=checkpoints.best_model_path)
+    assert reading.seen == pytest.approx(whole(found)[-1]["rhs"])
 
 
 def test_weights_and_biases_offline_gets_every_value_and_calls_nobody(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -227,6 +228,8 @@ class InequalityMonitor(Callback):
         missed = self.schedule.names_any(range(step, step + 1)) and not self._has_checked(step)
         if not self.history or missed:
             self._keep(trainer, report)
+        else:
+            self._tell_callbacks(trainer, flat_metrics(self._rows(trainer, report), self.prefix))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -400,6 +403,7 @@ class InequalityMonitor(Callback):
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         for logger in trainer.loggers:
             logger.log_metrics(finite, step=trainer.global_step)
+        self._tell_callbacks(trainer, metrics)
         if report.violations and self.on_violation != "ignore":
             message = (
                 f"the inequality does not hold for {report.violations} of {report.lhs.numel()} samples at step "
@@ -409,6 +413,10 @@ class InequalityMonitor(Callback):
             if self.on_violation == "raise":
                 raise RuntimeError(message)
             rank_zero_warn(message)
+
+    def _tell_callbacks(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
+        """Put the latest check where checkpoints, early stopping and schedulers look for what they go by."""
+        trainer.callback_metrics.update({name: torch.tensor(float(value)) for name, value in metrics.items()})
 
     def _announcement(self, pl_module: LightningModule, report: InequalityReport, cost: Cost) -> str:
         """What was found, in one block."""
