@@ -54,11 +54,11 @@ def affine(h: Tensor, weight: Tensor, bias: Tensor | None, *, by_feature: bool) 
     return (weight @ h.t()).t() if bias is None else torch.addmm(bias.unsqueeze(1), weight, h.t()).t()
 
 
-def times(rows: Tensor, matrix: Tensor, like: Tensor | None = None) -> Tensor:
-    """Rows (B, n) times a matrix (n, m), by feature if the rows or others (B, m) are."""
+def times(rows: Tensor, matrix: Tensor, like: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """Rows (B, n) times a matrix (n, m), by feature if the rows or others (B, m) are; written over `out` if it is given."""
     if lies_by_feature(rows) or (like is not None and lies_by_feature(like)):
-        return (matrix.t() @ rows.t()).t()
-    return rows @ matrix
+        return torch.mm(matrix.t(), rows.t(), out=None if out is None else out.t()).t()
+    return torch.mm(rows, matrix, out=out)
 
 
 def plus_times(total: Tensor, rows: Tensor, matrix: Tensor) -> Tensor:

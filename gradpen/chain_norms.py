@@ -40,6 +40,7 @@ from gradpen._numerics import (
 )
 from gradpen.cotangents import Cotangent, OfScalar
 from gradpen.dense_chain import DenseChain, may_overwrite
+from gradpen.recording import saved_tensors_are_hooked
 
 Row = tuple[Tensor | None, ...]  # something for every layer
 
@@ -321,6 +322,7 @@ class _Chain(torch.autograd.Function):
                 _sq_norm(chain, deltas, norm, its_factors) for norm, its_factors in zip(norms, factors, strict=True)
             ]
         save_rows(ctx, rows)
+        ctx.is_hooked = saved_tensors_are_hooked()
         value = None if data_loss is None else data_loss.value.clone()  # what this node refers to must not refer to it
         return chain.output.detach(), value, *found
 
@@ -337,9 +339,16 @@ class _Chain(torch.autograd.Function):
             delta = of_output
             if of_data_loss is not None:
                 delta = _add(delta, _of_output(chain, of_data_loss, *ctx.data_loss))
-            weights, biases = _backward(chain, zip(ctx.measured, kept, strict=True), delta, iter(of_norms))
+            spare = kept[0][0].at if kept and may_overwrite() and _is_last_pass(ctx) else ()
+            weights, biases = _backward(chain, zip(ctx.measured, kept, strict=True), delta, iter(of_norms), spare)
         there = [grad for grad, bias in zip(biases, chain.biases, strict=True) if bias is not None]
         return None, None, None, *[None if grad is None else own(grad) for grad in (*weights, *there)]
+
+
+def _is_last_pass(ctx: Any) -> bool:
+    """Whether autograd lets go of what was saved after this backward pass, and nobody else has it."""
+    keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return not ctx.is_hooked and keeps_graph is not None and not keeps_graph()
 
 
 @contextmanager
@@ -377,8 +386,12 @@ def _backward(
     measured: Iterable[tuple[Measured, tuple[Deltas, list[Any]]]],
     delta: Tensor | None,
     of_norms: Iterator[Tensor | None],
+    spare: Sequence[Tensor],
 ) -> tuple[Row, Row]:
-    """Cotangents of the weights and of the biases from those of the output and of the squared norms."""
+    """Cotangents of the weights and of the biases from those of the output and of the squared norms.
+
+    Spare δ_t may be written over when the cotangents of the norms have been found.
+    """
     gathered = _Gathered.empty(len(chain.weights))
     for (cotangent, norms), (deltas, factors) in measured:
         if torch.is_grad_enabled():
@@ -390,7 +403,7 @@ def _backward(
         of_cotangent = _sweep_forward(chain, deltas, wanted, gathered)
         if of_cotangent is not None:
             delta = _add(delta, cotangent.pull(of_cotangent))
-    return _sweep_backward(chain, delta, gathered)
+    return _sweep_backward(chain, delta, gathered, spare)
 
 
 class _Wanted(NamedTuple):
@@ -464,8 +477,10 @@ def _scale(norm: NormOf, of_norm: Tensor, size: int) -> float | Tensor:
     return twice / size if norm.what == "batch" else twice
 
 
-def _sweep_backward(chain: DenseChain, delta: Tensor | None, gathered: _Gathered) -> tuple[Row, Row]:
-    """From the cotangent of the output to those of weights and biases; uses up what was gathered."""
+def _sweep_backward(
+    chain: DenseChain, delta: Tensor | None, gathered: _Gathered, spare: Sequence[Tensor] = ()
+) -> tuple[Row, Row]:
+    """From the cotangent of the output to those of weights and biases; uses up what was gathered, and spare δ_t."""
     n = len(chain.weights)
     weights: list[Tensor | None] = [None] * n
     biases: list[Tensor | None] = [None] * n
@@ -474,7 +489,8 @@ def _sweep_backward(chain: DenseChain, delta: Tensor | None, gathered: _Gathered
         if delta is not None and chain.biases[t] is not None:
             biases[t] = delta.sum(0)
         if t > 0:
-            pushed = _push(gathered.hidden[t], delta, chain.weights[t], like=chain.hidden[t])
+            out = spare[t - 1] if spare else None
+            pushed = _push(gathered.hidden[t], delta, chain.weights[t], like=chain.hidden[t], out=out)
             scale = gathered.scales[t]
             if scale is not None:
                 pushed = _add_scaled(pushed, chain.hidden[t], scale)
@@ -543,8 +559,10 @@ def _add_product(total: Tensor | None, delta: Tensor | None, h: Tensor, scale: f
     return torch.addmm(total, delta.t(), h, alpha=scale, out=out)
 
 
-def _push(total: Tensor | None, delta: Tensor | None, weight: Tensor, like: Tensor) -> Tensor | None:
+def _push(
+    total: Tensor | None, delta: Tensor | None, weight: Tensor, like: Tensor, out: Tensor | None
+) -> Tensor | None:
     """Total + δ W."""
     if total is None or delta is None:
-        return total if delta is None else times(delta, weight, like=like)
+        return total if delta is None else times(delta, weight, like, out)
     return plus_times(total, delta, weight)

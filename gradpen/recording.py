@@ -100,7 +100,7 @@ def record_forward(model: nn.Module, x: Any, *, input_grad: bool, calls: bool) -
     gate = InputGate([tensor for tensor in inputs if input_grad and id(tensor) not in given])
     with CallRecorder(gate) as recorder, in_place_explained(input_grad):
         output = call_model(model, fed)
-    return Recording(output, inputs, recorder.calls, gate, recorder.is_hooked or _saved_tensors_are_hooked())
+    return Recording(output, inputs, recorder.calls, gate, recorder.is_hooked or saved_tensors_are_hooked())
 
 
 @contextlib.contextmanager
@@ -326,7 +326,7 @@ class InputGate:
         if torch._C._functorch.peek_interpreter_stack() is not None:  # torch.vmap within the model
             return False
         if (
-            _saved_tensors_are_hooked()
+            saved_tensors_are_hooked()
         ):  # a checkpoint runs F.linear again in the backward pass and compares what is saved
             return False
         return self._is_alias(tensor)
@@ -346,7 +346,7 @@ class InputGate:
         return id(leaf) in self._aliases
 
 
-def _saved_tensors_are_hooked() -> bool:
+def saved_tensors_are_hooked() -> bool:
     """Whether saved tensors go through hooks (checkpoints, offloading); torch before 2.8 cannot tell, so they may."""
     if torch.compiler.is_compiling():  # dynamo does not trace the question
         return True

@@ -997,3 +997,28 @@ def test_gradients_within_vmap(weight):
     found = torch.func.vmap(lambda scale: torch.autograd.grad(loss, parameters, scale, retain_graph=True))(scales)
     for together, alone in zip(found, torch.autograd.grad(loss, parameters), strict=True):
         torch.testing.assert_close(together, torch.stack([alone, 3 * alone]))
+
+
+@pytest.mark.parametrize("name", ["input", "param", "both"])
+def test_what_is_saved_is_written_over_in_the_last_pass_alone(name):
+    model, (x, y) = layers(), batch()
+    objective = PenalizedLoss(F.cross_entropy, *PENALTIES[name]())
+    loss = objective(model, x, y).loss
+    gradients = [grads(loss, model, retain_graph=retained) for retained in (True, True, False)]
+    assert all(torch.equal(*pair) for other in gradients[1:] for pair in zip(gradients[0], other, strict=True))
+
+
+@pytest.mark.parametrize("name", ["input", "param", "both"])
+def test_what_somebody_else_keeps_is_not_written_over(name):
+    model, (x, y) = layers(), batch()
+    objective = PenalizedLoss(F.cross_entropy, *PENALTIES[name]())
+    packed = []
+
+    def pack(tensor):
+        packed.append((tensor, tensor.clone()))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = objective(model, x, y).loss
+    loss.backward()
+    assert packed and all(torch.equal(*pair) for pair in packed)

@@ -75,10 +75,12 @@ def test_a_prefix_without_parts_is_taken_in_parts_where_jacobians_are_explicit()
 
 @pytest.mark.skipif(not EDGES_KEEP_PYTHON_NODES, reason="this torch computes a gradient of the input for nobody")
 @pytest.mark.parametrize(
-    ("penalty", "most"), [(InputGradPenalty(0.1), 2.0), (ParamGradPenalty(0.01), 1.4)], ids=["input", "param"]
+    ("penalty", "most"), [(InputGradPenalty(0.1), 1.6), (ParamGradPenalty(0.01), 1.3)], ids=["input", "param"]
 )
 def test_the_peak_of_a_penalised_step_against_the_plain_one(penalty, most):
-    """Each weight's gradient has two parts, of the forward pass and of the chain, and both exist while they are added."""
+    """Gradients of the weights are added to in place, and what was saved is written over once it has served."""
+    if not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"):
+        most *= 1.1  # this torch cannot tell whether somebody else has what was saved
     model = cases.mlp(784, 512, 512, 10, activation=nn.ReLU)
     x, y = torch.randn(128, 784), torch.randint(10, (128,))
     objective = PenalizedLoss(F.cross_entropy, penalty)
