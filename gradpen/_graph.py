@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import itertools
 import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, KeysView, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -111,12 +112,20 @@ def differentiate(
         is_grads_batched=batched,
     )
     try:
-        return grad()
-    except RuntimeError as error:
-        if "donated buffers" not in str(error):
-            raise
-        _admit_further_passes(outputs, error)
-        return grad()
+        with _asked_for_several_passes():
+            try:
+                return grad()
+            except RuntimeError as error:
+                if "donated buffers" not in str(error):
+                    raise
+                if runs_only_once(outputs):
+                    raise RuntimeError(
+                        "a penalty differentiates the model's output before the loss is differentiated, and torch.compile "
+                        "has made a backward pass for this module that can run only once: set "
+                        "torch._functorch.config.donated_buffer = False, and torch.compiler.config.cache_key_tag to a word "
+                        "of yours, before the module is called for the first time"
+                    ) from error
+            return grad()
     finally:
         for tensor, hooks in hooked:
             tensor._backward_hooks = hooks
@@ -127,27 +136,51 @@ def compiled_for_several_passes() -> AbstractContextManager[object]:
 
     Otherwise the backward pass of a compiled module may write over what its forward pass has kept.
     """
+    # a backward pass that is compiled later, by the loss perhaps, may be a cached one
+    return _compiler_told({"donated_buffer": False, "force_non_lazy_backward_lowering": True})
+
+
+def _asked_for_several_passes() -> AbstractContextManager[object]:
+    """Within the block torch refuses what can be differentiated only once, whatever it was told since it has made that."""
+    return _compiler_told({"donated_buffer": True})
+
+
+def _compiler_told(wanted: Mapping[str, bool]) -> AbstractContextManager[object]:
+    """Options of the compiler, those that this torch has, and cached graphs apart from those that others have compiled.
+
+    The key of a cached graph does not say whether the graph writes over what it is given.
+    """
     # not imported as long as nothing was compiled
     config: Any = None if torch.compiler.is_compiling() else sys.modules.get("torch._functorch.config")
-    return config.patch(donated_buffer=False) if hasattr(config, "donated_buffer") else nullcontext()
+    if not hasattr(config, "donated_buffer"):
+        return nullcontext()
+    return _patched(config, {name: value for name, value in wanted.items() if hasattr(config, name)})
 
 
-def _admit_further_passes(outputs: Tensor, error: RuntimeError) -> None:
-    """Torch refuses what was made by `compiled_for_several_passes`, too, unless it is told that nothing is written over.
+@contextmanager
+def _patched(config: Any, options: dict[str, bool]) -> Iterator[None]:
+    keys: Any = importlib.import_module("torch.compiler.config")  # no attribute of torch.compiler before it is imported
+    tag = keys.cache_key_tag.removesuffix(_CACHE_TAG) + _CACHE_TAG
+    with config.patch(options), keys.patch(cache_key_tag=tag):
+        yield
 
-    Raises:
-        RuntimeError: if something is.
+
+_CACHE_TAG = "-gradpen-several-passes"
+
+
+def runs_only_once(outputs: Tensor) -> bool:
+    """Whether a compiled backward pass under `outputs` writes over what it is given.
+
+    Torch refuses to repeat those made by `compiled_for_several_passes`, too, unless it is told that they do not.
     """
+    only_once = False
     for node in walk_graph(outputs).nodes:
         compiled: Any = getattr(getattr(type(node), "_forward_cls", None), "metadata", None)
         if getattr(compiled, "bw_donated_idxs", None):
-            raise RuntimeError(
-                "a penalty differentiates the model's output before the loss is differentiated, and torch.compile has made "
-                "a backward pass for this module that can run only once: set "
-                "torch._functorch.config.donated_buffer = False before the module is called for the first time"
-            ) from error
-        if hasattr(compiled, "bw_donated_idxs"):
+            only_once = True
+        elif hasattr(compiled, "bw_donated_idxs"):
             compiled.bw_donated_idxs = []
+    return only_once
 
 
 def differentiate_rows(outputs: Tensor, inputs: Sequence[Tensor], cotangents: Tensor) -> tuple[Tensor | None, ...]:

@@ -219,6 +219,9 @@ class _AndThen(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with _graph.compiled_for_several_passes():
             output = self.model(*args, **kwargs)
+        if not torch.compiler.is_compiling() and any(map(_checks.is_compiled, self.model.modules())):
+            for tensor in float_tensors(output):
+                _graph.runs_only_once(tensor)  # for a later loss.backward(retain_graph=True)
         return output if self.then is None else self.then(output)
 
 

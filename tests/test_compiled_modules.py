@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import shutil
+
 import cases
 import pytest
 import references as ref
@@ -106,3 +109,50 @@ def test_modules_are_compiled_whole_and_once(function, options):
         graphs.append(counters["stats"]["unique_graphs"])
     assert not counters["graph_break"] and not counters["unimplemented"]
     assert graphs[0] <= 6 and graphs[2] == graphs[-1]  # at θ and displaced, for one size of a batch and for others
+
+
+@pytest.mark.skipif(
+    shutil.which("g++") is None or importlib.util.find_spec("setuptools") is None,
+    reason="torch.compile's own backend needs a C++ compiler, and older ones setuptools",
+)
+@pytest.mark.parametrize("scheme", ["forward", "central"])
+def test_cached_backward_passes_that_run_only_once_are_not_taken(scheme, tmp_path, monkeypatch):
+    """An earlier training, of this process or of another, leaves them in a cache whose keys do not tell."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    model, _, x, y = problem(nn.ReLU)
+    for trained_before in (True, False):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="inductor")
+        if trained_before:
+            F.cross_entropy(compiled(x.requires_grad_()), y).backward()
+    found, expected = [
+        input_grad_sq_norm(one, x, y, method="finite_difference", scheme=scheme) for one in (compiled, model)
+    ]
+    check(found, expected, model)
+
+
+def test_what_torch_is_told_too_late_does_not_count():
+    """It would write over what the second pass needs, and say nothing."""
+    _, compiled, x, y = problem(nn.ReLU)
+    F.cross_entropy(compiled(x.requires_grad_()), y).backward()
+    with (
+        torch._functorch.config.patch(donated_buffer=False),
+        pytest.raises(RuntimeError, match="before the module is called for the first time"),
+    ):
+        input_grad_sq_norm(compiled, x, y, method="finite_difference")
+
+
+@pytest.mark.parametrize("scheme", ["forward", "central"])
+def test_a_loss_that_is_differentiated_twice(scheme):
+    """Displaced passes are differentiated first by the loss."""
+    model, compiled, x, y = problem(nn.GELU)
+    for one in (compiled, model):
+        loss = input_grad_sq_norm(one, x, y, method="finite_difference", scheme=scheme).mean()
+        loss.backward(retain_graph=True)
+        loss.backward()
+        gradients = [p.grad.clone() for p in model.parameters()]
+        model.zero_grad()
+        if one is compiled:
+            found = gradients
+    for ours, theirs in zip(found, gradients, strict=True):
+        ref.assert_close(ours, theirs)
