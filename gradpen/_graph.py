@@ -150,10 +150,9 @@ def _compiler_told(wanted: Mapping[str, bool]) -> AbstractContextManager[object]
 
     The key of a cached graph does not say whether the graph writes over what it is given.
     """
-    # not imported as long as nothing was compiled
-    config: Any = None if torch.compiler.is_compiling() else sys.modules.get("torch._functorch.config")
-    if not hasattr(config, "donated_buffer"):
+    if torch.compiler.is_compiling() or "torch._functorch.aot_autograd" not in sys.modules:  # torch.compile imports it
         return nullcontext()
+    config: Any = importlib.import_module("torch._functorch.config")
     return _patched(config, {name: value for name, value in wanted.items() if hasattr(config, name)})
 
 
