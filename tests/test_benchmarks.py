@@ -7,7 +7,6 @@ import math
 import sys
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,24 +17,21 @@ from gradpen import ParamGradPenalty
 for needed in ("matplotlib", "rich", "sklearn", "tensorboard", "torchvision"):
     pytest.importorskip(needed, reason='the benchmarks need pip install "gradpen[bench]"')
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import agreement  # noqa: E402
-import breakdown  # noqa: E402
-import contenders  # noqa: E402
-import cuda_steps  # noqa: E402
-import figures  # noqa: E402
-import measure  # noqa: E402
-import memory  # noqa: E402
-import peers  # noqa: E402
-import recipe_epoch  # noqa: E402
-import run  # noqa: E402
-import spectral_methods  # noqa: E402
-import straight_line  # noqa: E402
-import tables  # noqa: E402
-import workload  # noqa: E402
-import written_out  # noqa: E402
+import agreement
+import breakdown
+import contenders
+import cuda_steps
+import figures
+import measure
+import memory
+import peers
+import recipe_epoch
+import run
+import spectral_methods
+import straight_line
+import tables
+import workload
+import written_out
 
 JOBS = contenders.jobs()
 NOT_FOR_ALL = ("BackPACK", "Opacus")  # may not be installed

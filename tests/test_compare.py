@@ -27,18 +27,16 @@ import yaml
 for needed in ("jsonargparse", "markdown", "matplotlib", "rich", "scipy", "sklearn", "torchvision"):
     pytest.importorskip(needed, reason='the recipes need pip install "gradpen[recipes]"')
 
-from scipy import stats  # noqa: E402
+from scipy import stats
+
+import compare
+import files
+import models
+import objectives
+from comparison import engines, estimate, figures, grid, intervals, records, report, results, runs, sweep
+from flags import UserError
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "recipes"))
-
-import compare  # noqa: E402
-import files  # noqa: E402
-import models  # noqa: E402
-import objectives  # noqa: E402
-from comparison import engines, estimate, figures, grid, intervals, records, report, results, runs, sweep  # noqa: E402
-from flags import UserError  # noqa: E402
-
 TINY = {
     "name": "Tiny",
     "settings": {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,18 +15,15 @@ from torch import Tensor
 for needed in ("jsonargparse", "rich", "sklearn", "torchvision"):
     pytest.importorskip(needed, reason='the recipes need pip install "gradpen[recipes]"')
 
-from PIL import Image  # noqa: E402
+from PIL import Image
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "recipes"))
-
-import cifar  # noqa: E402
-import flags  # noqa: E402
-import folders  # noqa: E402
-import images  # noqa: E402
-import mnist  # noqa: E402
-import synthetic  # noqa: E402
-import training  # noqa: E402
+import cifar
+import flags
+import folders
+import images
+import mnist
+import synthetic
+import training
 
 CLASSES = ("cat", "dog")
 

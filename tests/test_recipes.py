@@ -22,17 +22,15 @@ import torch
 for needed in ("jsonargparse", "matplotlib", "sklearn", "tensorboard", "torchvision"):
     pytest.importorskip(needed, reason='the recipes need pip install "gradpen[recipes]"')
 
+import downloads
+import flags
+import images
+import mnist
+import models
+import objectives
+import training
+
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "recipes"))
-
-import downloads  # noqa: E402
-import flags  # noqa: E402
-import images  # noqa: E402
-import mnist  # noqa: E402
-import models  # noqa: E402
-import objectives  # noqa: E402
-import training  # noqa: E402
-
 SMALL = ("--dataset", "digits", "--hidden", "32,16", "--epochs", "2", "--accelerator", "cpu")
 FILES = ("summary.json", "metrics.csv", "bound.csv", "bound.png", "hparams.yaml", "last.ckpt")
 KEYS = {"dataset", "penalty", "weight", "seed", "epochs", "test_accuracy", "train_accuracy", "tightness", "violations"}
