@@ -17,7 +17,7 @@ from gradpen import InputGradPenalty, ParamGradPenalty, PenalizedLoss
 from gradpen.functional import input_grad_sq_norm, param_grad_sq_norm
 
 QUANTITIES = [(param_grad_sq_norm, {"over": "batch"}), (param_grad_sq_norm, {"over": 2}), (input_grad_sq_norm, {})]
-ACTIVATIONS = [nn.ReLU, nn.Tanh, nn.GELU]  # their derivatives save different things
+ACTIVATIONS = [nn.ReLU, nn.Tanh]  # their derivatives save different things
 
 
 @pytest.fixture(autouse=True)
@@ -115,8 +115,7 @@ def test_modules_are_compiled_whole_and_once(function, options):
     shutil.which("g++") is None or importlib.util.find_spec("setuptools") is None,
     reason="torch.compile's own backend needs a C++ compiler, and older ones setuptools",
 )
-@pytest.mark.parametrize("scheme", ["forward", "central"])
-def test_cached_backward_passes_that_run_only_once_are_not_taken(scheme, tmp_path, monkeypatch):
+def test_cached_backward_passes_that_run_only_once_are_not_taken(tmp_path, monkeypatch):
     """An earlier training, of this process or of another, leaves them in a cache whose keys do not tell."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     model, _, x, y = problem(nn.ReLU)
@@ -125,10 +124,8 @@ def test_cached_backward_passes_that_run_only_once_are_not_taken(scheme, tmp_pat
         compiled = torch.compile(model, backend="inductor")
         if trained_before:
             F.cross_entropy(compiled(x.requires_grad_()), y).backward()
-    found, expected = [
-        input_grad_sq_norm(one, x, y, method="finite_difference", scheme=scheme) for one in (compiled, model)
-    ]
-    check(found, expected, model)
+    norms = [input_grad_sq_norm(one, x, y, method="finite_difference") for one in (compiled, model)]
+    check(*norms, model)
 
 
 def test_what_torch_is_told_too_late_does_not_count():
