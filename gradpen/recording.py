@@ -91,9 +91,8 @@ def record_forward(model: nn.Module, x: Any, *, input_grad: bool, calls: bool) -
         )
     if not (calls or input_grad):
         return Recording(call_model(model, fed), inputs)
-    if not calls and any(
-        map(_checks.is_compiled, model.modules())
-    ):  # torch would compile it piece by piece under a mode
+    # torch would compile modules piece by piece under a mode
+    if not calls and any(map(_checks.is_compiled, model.modules())):
         with in_place_explained(input_grad):
             return Recording(call_model(model, fed), inputs)
     given = {id(tensor) for tensor in float_tensors(x)}

@@ -999,6 +999,7 @@ def test_gradients_within_vmap(weight):
         torch.testing.assert_close(together, torch.stack([alone, 3 * alone]))
 
 
+@pytest.mark.usefixtures("layout")
 @pytest.mark.parametrize("name", ["input", "param", "both"])
 def test_what_is_saved_is_written_over_in_the_last_pass_alone(name):
     model, (x, y) = layers(), batch()
