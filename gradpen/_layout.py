@@ -87,7 +87,7 @@ def mean_row_sq_norm(rows: Tensor) -> Tensor:
     if lies_by_feature(rows):
         return row_sq_norms(rows).mean()
     norms = torch.linalg.vector_norm(rows, dim=1)
-    return torch.dot(norms, norms) / len(norms)
+    return torch.dot(norms, norms) / norms.shape[0]
 
 
 def row_sq_norms(rows: Tensor) -> Tensor:

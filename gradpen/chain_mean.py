@@ -321,7 +321,7 @@ def _weighted(
         else:
             weights.append(_plus_products(torch.addmm, weight, factor, pairs))
         if bias is not None:
-            ones = bias.new_ones(len(pairs[0][1])) if pairs else bias
+            ones = bias.new_ones(pairs[0][1].shape[0]) if pairs else bias
             sums = [(scale, delta, ones) for scale, delta, _ in pairs]
             biases.append(_plus_products(torch.addmv, bias, factor, sums))
     return weights + biases
@@ -345,5 +345,5 @@ def _plus_products(
     for scale, delta, h in pairs:
         if isinstance(scale, Tensor):
             delta, scale = delta * scale, 1.0
-        known, factor = plus(known, delta.t(), h, beta=factor, alpha=scale / len(delta)), 1.0
+        known, factor = plus(known, delta.t(), h, beta=factor, alpha=scale / delta.shape[0]), 1.0
     return known

@@ -107,7 +107,7 @@ def mean_gradients(
 
 def _mean_rows(deltas: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
     """mean_i δ_i of every layer where it is wanted, as products, which is quicker."""
-    size = len(deltas[0])
+    size = deltas[0].shape[0]
     shares = deltas[0].new_full((size,), 1 / size)
     return [torch.mv(delta.t(), shares) if is_wanted else None for delta, is_wanted in zip(deltas, wanted, strict=True)]
 
@@ -130,8 +130,8 @@ def mean_of_products(a: Tensor, b: Tensor) -> Tensor:
 def mean_combinations(products: Tensor, b: Tensor) -> Tensor:
     """mean_j products_ij b_j for every sample i: as b."""
     if lies_by_feature(b):
-        return torch.addmm(b.new_empty(1), b.t(), products, beta=0, alpha=1 / len(b)).t()
-    return torch.addmm(b.new_empty(1), products, b, beta=0, alpha=1 / len(b))
+        return torch.addmm(b.new_empty(1), b.t(), products, beta=0, alpha=1 / b.shape[0]).t()
+    return torch.addmm(b.new_empty(1), products, b, beta=0, alpha=1 / b.shape[0])
 
 
 def _factors(chain: DenseChain, deltas: Deltas, norm: NormOf) -> tuple[Row, ...]:
@@ -222,8 +222,8 @@ def _batch_sq_norm(chain: DenseChain, deltas: Deltas, norm: NormOf, factors: Seq
     spread = torch.zeros_like(sq_norm)  # what the diagonals h_i · h_i and δ_i · δ_i alone make up
     for product, delta, h in zip(products, deltas.at, chain.hidden, strict=True):
         if product is not None:  # ‖G‖² = ⟨h Gᵀ, δ⟩/B
-            sq_norm = sq_norm + dot(product, delta) / len(h)
-            spread = spread + torch.dot(_row_sq_norm(h), _row_sq_norm(delta)) / len(h) ** 2
+            sq_norm = sq_norm + dot(product, delta) / h.shape[0]
+            spread = spread + torch.dot(_row_sq_norm(h), _row_sq_norm(delta)) / h.shape[0] ** 2
     if bool(sq_norm < CANCELLED * spread):
         weights, biases = mean_gradients(chain, deltas)
         counted = [*_only(weights, norm.weights), *_only(biases, norm.biases)]
@@ -261,6 +261,13 @@ class DataLoss(NamedTuple):
     """
 
     value: Tensor
+    cotangent: OfScalar
+    multiple: float | Tensor
+
+
+class _MultipleOfMean(NamedTuple):
+    """A `DataLoss` without its value."""
+
     cotangent: OfScalar
     multiple: float | Tensor
 
@@ -310,7 +317,7 @@ class _Chain(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
         ctx.measured = measured
-        ctx.data_loss = None if data_loss is None else data_loss[1:]
+        ctx.data_loss = None if data_loss is None else _MultipleOfMean(data_loss.cotangent, data_loss.multiple)
         ctx.between = [between.without_tensors() for between in chain.between]
         rows: list[Sequence[Any]] = chain.rows
         found = []
@@ -334,19 +341,25 @@ class _Chain(torch.autograd.Function):
         chain = DenseChain.of_rows(rows, ctx.between)
         kept = [(_deltas_of_rows(rows), [_factors_of_rows(rows, norm) for norm in norms]) for _, norms in ctx.measured]
         with full_precision(chain.hidden[0].device), nothing_written_over((of_output, of_data_loss, *of_norms)) as own:
-            if torch.is_grad_enabled():  # create_graph=True: what was saved must not pass for constants
-                chain = chain.with_parameters(chain.weights, chain.biases)
-            delta = of_output
-            if of_data_loss is not None:
-                delta = _add(delta, _of_output(chain, of_data_loss, *ctx.data_loss))
-            spare = kept[0][0].at if kept and may_overwrite() and _is_last_pass(ctx) else ()
-            weights, biases = _backward(chain, zip(ctx.measured, kept, strict=True), delta, iter(of_norms), spare)
+            deltas = _deltas_of_data_loss(ctx, kept, (of_output, *of_norms))
+            if deltas is not None and of_data_loss is not None:
+                weights, biases = _scaled_gradients(chain, deltas, _share(chain, of_data_loss, ctx.data_loss.multiple))
+            else:
+                if torch.is_grad_enabled():  # create_graph=True: what was saved must not pass for constants
+                    chain = chain.with_parameters(chain.weights, chain.biases)
+                delta = of_output
+                if of_data_loss is not None:
+                    delta = _add(delta, _of_output(chain, of_data_loss, ctx.data_loss))
+                spare = kept[0][0].at if kept and may_overwrite() and _is_last_pass(ctx) else ()
+                weights, biases = _backward(chain, zip(ctx.measured, kept, strict=True), delta, iter(of_norms), spare)
         there = [grad for grad, bias in zip(biases, chain.biases, strict=True) if bias is not None]
         return None, None, None, *[None if grad is None else own(grad) for grad in (*weights, *there)]
 
 
 def _is_last_pass(ctx: Any) -> bool:
     """Whether autograd lets go of what was saved after this backward pass, and nobody else has it."""
+    if torch.compiler.is_compiling():  # memory is the compiler's business
+        return False
     keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return not ctx.is_hooked and keeps_graph is not None and not keeps_graph()
 
@@ -374,11 +387,33 @@ def _factors_of_rows(rows: Iterator[Any], norm: NormOf) -> tuple[Row, ...]:
     return tuple(islice(rows, _NUMBER_OF_FACTORS[norm.what]))
 
 
-def _of_output(chain: DenseChain, of_data_loss: Tensor, cotangent: OfScalar, multiple: float | Tensor) -> Tensor:
+def _deltas_of_data_loss(
+    ctx: Any, kept: Sequence[tuple[Deltas, list[Any]]], others: Iterable[Tensor | None]
+) -> Deltas | None:
+    """δ_t of the f_i that the data loss is made of, if they are known and no cotangents of others come to them."""
+    if ctx.data_loss is None or torch.is_grad_enabled() or any(one is not None for one in others):
+        return None
+    pairs = zip(ctx.measured, kept, strict=True)
+    return next((deltas for (cotangent, _), (deltas, _) in pairs if cotangent is ctx.data_loss.cotangent), None)
+
+
+def _scaled_gradients(chain: DenseChain, deltas: Deltas, scale: float | Tensor) -> tuple[Row, Row]:
+    """Scale · Σ_i ∇f_i of every weight and of every bias that there is."""
+    weights = [_add_product(None, delta, h, scale) for delta, h in zip(deltas.at, chain.hidden, strict=True)]
+    sums = zip(deltas.at, chain.biases, strict=True)
+    return tuple(weights), tuple([None if bias is None else delta.sum(0) * scale for delta, bias in sums])
+
+
+def _share(chain: DenseChain, of_data_loss: Tensor, multiple: float | Tensor) -> float | Tensor:
+    """The cotangent of every f_i from that of the data loss."""
+    share = multiple / chain.hidden[0].shape[0]
+    return (of_data_loss if torch.is_grad_enabled() else number_if_at_hand(of_data_loss)) * share
+
+
+def _of_output(chain: DenseChain, of_data_loss: Tensor, made_of: _MultipleOfMean) -> Tensor:
     """The cotangent of the output from that of the data loss."""
-    if torch.is_grad_enabled():
-        cotangent = cotangent.at(chain.output)
-    return cotangent.value * (of_data_loss * (multiple / chain.hidden[0].shape[0]))
+    cotangent = made_of.cotangent.at(chain.output) if torch.is_grad_enabled() else made_of.cotangent
+    return cotangent.value * _share(chain, of_data_loss, made_of.multiple)
 
 
 def _backward(
@@ -433,7 +468,7 @@ def _sweep_forward(chain: DenseChain, deltas: Deltas, wanted: Sequence[_Wanted],
     over_batch, over_samples = [], []
     n = len(chain.weights)
     for norm, of_norm, factors in wanted:
-        scale = _scale(norm, of_norm, len(chain.hidden[0]))
+        scale = _scale(norm, of_norm, chain.hidden[0].shape[0])
         if norm.what == "input":
             assert deltas.entry is not None
             gathered.weights[0] = _add_product(gathered.weights[0], deltas.at[0], deltas.entry, scale)

@@ -43,6 +43,11 @@ class Request(NamedTuple):
     as_mean: bool = False
 
     @property
+    def projection(self) -> InputTerm | None:
+        """The term, if it asks for random directions of the output."""
+        return self.term if isinstance(self.term, InputTerm) and self.term.method == "projection" else None
+
+    @property
     def difference(self) -> ParamTerm | None:
         """The term, if it asks for a finite difference over the batch."""
         return self.term if isinstance(self.term, ParamTerm) and self.term.is_batch_difference else None
@@ -70,7 +75,7 @@ def have_formulas(requests: Sequence[Request], *, first_order: bool) -> bool:
 
 
 def evaluate(
-    model: nn.Module,
+    model: nn.Module | None,
     chain: DenseChain,
     requests: Sequence[Request],
     *,
@@ -81,7 +86,7 @@ def evaluate(
     """All requests, which `have_formulas`; None if f depends on more than the output.
 
     Args:
-        model: the model.
+        model: the model, or None if all f_i are known to be cross entropies.
         chain: its forward pass.
         requests: what is asked for.
         create_graph: keep the squared norms differentiable.
@@ -98,7 +103,7 @@ def evaluate(
 
 
 def _by_formulas(
-    model: nn.Module,
+    model: nn.Module | None,
     chain: DenseChain,
     requests: Sequence[Request],
     create_graph: bool,
@@ -109,14 +114,14 @@ def _by_formulas(
     ]
     cotangents: dict[int, OfScalar] = {}  # by the first place of the group
     for places, norms in groups:
-        if _projection(requests[places[0]]) is None:
+        if requests[places[0]].projection is None:
             cotangent = _cotangent_of(model, chain.output, requests[places[0]], norms, create_graph)
             if cotangent is None:
                 return None
             cotangents[places[0]] = cotangent
     measured: list[Measured] = []
     for places, norms in groups:
-        projection = _projection(requests[places[0]])
+        projection = requests[places[0]].projection
         if projection is None:
             measured.append(Measured(cotangents[places[0]], norms))
         else:
@@ -137,7 +142,7 @@ def _by_formulas(
     values: dict[int, Tensor] = {}
     remaining = iter(found)
     for places, _ in groups:
-        projection = _projection(requests[places[0]])
+        projection = requests[places[0]].projection
         if projection is None:
             values |= zip(places, next(remaining), strict=True)
         else:
@@ -147,7 +152,12 @@ def _by_formulas(
 
 
 def _with_known_gradient(
-    model: nn.Module, chain: DenseChain, requests: Sequence[Request], data: Criterion, target: Any, create_graph: bool
+    model: nn.Module | None,
+    chain: DenseChain,
+    requests: Sequence[Request],
+    data: Criterion,
+    target: Any,
+    create_graph: bool,
 ) -> Found | None:
     """All requests are of the f_i that the data loss is made of, and need first derivatives only."""
     terms = [request.difference if create_graph else None for request in requests]  # their values need none
@@ -167,7 +177,7 @@ def _with_known_gradient(
         data_loss = _data_loss(chain.output, [cotangent], data, target)
         if data_loss is None:
             value = data.data_loss(chain.output, target)
-            multiple = data.over_mean(value, cotangent.f.mean(), len(chain.output), target)
+            multiple = data.over_mean(value, cotangent.f.mean(), chain.output.shape[0], target)
             data_loss = DataLoss(value, cotangent, multiple)
     output, with_gradient, roots = with_known_gradient(chain, deltas, data_loss, differences)
     differences_found = iter([GroupNorms(root.unsqueeze(0), are_squared=False) for root in roots])
@@ -177,7 +187,7 @@ def _with_known_gradient(
 
 def _data_loss(output: Tensor, known: Iterable[OfScalar], criterion: Criterion, target: Any) -> DataLoss | None:
     """The data loss, if there is a formula for its gradient; from ∂f_i/∂output if that is among the known ones."""
-    function = Scalar(criterion.source, criterion.per_sample, target)
+    function = criterion.scalar(target)
     same = (one for one in known if isinstance(one, OfCrossEntropy) and one.is_of(function))
     cotangent = next(same, None)
     if cotangent is None:
@@ -199,21 +209,15 @@ def chain_of(recording: Recording) -> DenseChain | None:
 def _has_formula(request: Request) -> bool:
     term = request.term
     if isinstance(term, InputTerm):
-        return _projection(request) is not None or (term.method == "exact" and term.of != "output")
+        return request.projection is not None or (term.method == "exact" and term.of != "output")
     return term.method == "exact" and term.over in ("sample", "batch")
-
-
-def _projection(request: Request) -> InputTerm | None:
-    """The term, if it asks for random directions of the output."""
-    term = request.term
-    return term if isinstance(term, InputTerm) and term.method == "projection" else None
 
 
 def _by_scalar(requests: Sequence[Request]) -> list[list[int]]:
     """Places of the requests, those of one f together; a projection has directions of its own."""
     groups: dict[Any, list[int]] = {}
     for place, request in enumerate(requests):
-        key = ("projection", place) if _projection(request) else ("f", request.key)
+        key = ("projection", place) if request.projection else ("f", request.key)
         groups.setdefault(key, []).append(place)
     return list(groups.values())
 
@@ -233,12 +237,13 @@ def _norm_of(request: Request, chain: DenseChain) -> NormOf:
 
 
 def _cotangent_of(
-    model: nn.Module, output: Tensor, request: Request, norms: Sequence[NormOf], create_graph: bool
+    model: nn.Module | None, output: Tensor, request: Request, norms: Sequence[NormOf], create_graph: bool
 ) -> OfScalar | None:
     """∂f_i/∂output, or None if anything else that can be differentiated leads to f, or not even that."""
     cotangent = cotangent_of(request.function, output)
     if isinstance(cotangent, OfCrossEntropy):
         return cotangent
+    assert model is not None
     f = cotangent.f
     if not f.requires_grad or f.shape != output.shape[:1]:
         return None

@@ -74,6 +74,10 @@ class Criterion:
         function = self.source.func if isinstance(self.source, partial) else self.source
         return type(function) in known or any(function is one for one in known)  # it may have no hash
 
+    def scalar(self, target: Any) -> Scalar:
+        """The f_i as a function of the model's output."""
+        return Scalar(self.source, self.per_sample, target)
+
     def data_loss(self, output: Any, target: Any) -> Tensor:
         """The loss one trains on, 0-dim: exactly ``source(output, target)`` wherever that is a scalar."""
         _checks.check_batch_sizes(output, target)

@@ -37,6 +37,7 @@ class Kind:
         value_into: the value, written over z, if it is the result that is saved.
         piecewise_linear: g'' = 0 wherever it exists.
         is_mask: g' is 0 or 1, so that to multiply by it once more changes nothing.
+        in_backward: the same function for the backward pass, if it is another.
     """
 
     saved: str
@@ -47,6 +48,7 @@ class Kind:
     value_into: Callable[..., Tensor] | None = None
     piecewise_linear: bool = False
     is_mask: bool = False
+    in_backward: Kind | None = None
 
 
 def _relu_backward(cotangent: Tensor, result: Tensor) -> Tensor:
@@ -116,8 +118,8 @@ class Elementwise(NamedTuple):
     factor: Tensor | None = None  # a constant such as a mask of dropout, that can be broadcast to (B, n)
 
     def without_tensors(self) -> Elementwise:
-        """The function without what it saved."""
-        return Elementwise(self.kind, self.options)
+        """The function without what it saved, for the backward pass."""
+        return Elementwise(self.kind and (self.kind.in_backward or self.kind), self.options)
 
     @property
     def is_curved(self) -> bool:

@@ -163,10 +163,10 @@ def evaluate_terms(
         return Evaluation(call_model(model, x), [])
     _checks.check_grad_enabled()
     requests = [
-        _request(model, term, criterion, y, as_mean)
+        request_of(model, term, criterion, y, as_mean)
         for (term, criterion), as_mean in zip(terms, means or [False] * len(terms), strict=True)
     ]
-    first_order = data is not None and _one_backward_pass_does(requests, data, create_graph)
+    first_order = data is not None and one_backward_pass_does(requests, data, create_graph)
 
     def by_formulas(chain: DenseChain) -> Evaluation | None:
         found = chain_terms.evaluate(
@@ -244,7 +244,7 @@ def evaluate_terms(
     return Evaluation(recording.output, norms, data_loss)
 
 
-def _request(model: nn.Module, term: Term, criterion: Criterion, target: Any, as_mean: bool) -> chain_terms.Request:
+def request_of(model: nn.Module, term: Term, criterion: Criterion, target: Any, as_mean: bool) -> chain_terms.Request:
     """All parameters of a chain count unless there is a filter; for another model `check_call` finds out which do."""
     chosen = None
     if isinstance(term, ParamTerm) and term.parameters is not None:
@@ -265,7 +265,7 @@ def _codes(requests: Sequence[chain_terms.Request]) -> set[Any]:
     return {mixing.code_of(request.function) for request in requests}
 
 
-def _one_backward_pass_does(requests: Sequence[chain_terms.Request], data: Criterion, create_graph: bool) -> bool:
+def one_backward_pass_does(requests: Sequence[chain_terms.Request], data: Criterion, create_graph: bool) -> bool:
     """Whether all that is asked for are first derivatives of the f that the data loss is made from."""
     key = _source_key(data.source)
     return data.follows_mean and all(

@@ -372,7 +372,7 @@ class PenalizedLoss(nn.Module):
             for penalty, _ in due
         ]
         means = [penalty.takes_mean for penalty, _ in due]
-        weighted = compiling or any(factor != 0 for _, factor in due)
+        weighted = any(factor != 0 for _, factor in due)
         evaluated = _evaluate_terms(model, x, y, terms, means, data=criterion, create_graph=weighted)
         data_loss = evaluated.data_loss
         if data_loss is None:
@@ -403,7 +403,7 @@ def _evaluate_terms(
     create_graph: bool = True,
 ) -> Evaluation:
     if torch.compiler.is_compiling():
-        return _traced().evaluate_terms(model, x, y, terms)
+        return _traced().evaluate_terms(model, x, y, terms, means=means, data=data, create_graph=create_graph)
     return evaluation.evaluate_terms(model, x, y, terms, means=means, data=data, create_graph=create_graph)
 
 

@@ -350,7 +350,7 @@ class InputGate:
 
 def saved_tensors_are_hooked() -> bool:
     """Whether saved tensors go through hooks (checkpoints, offloading); torch before 2.8 cannot tell, so they may."""
-    if torch.compiler.is_compiling():  # dynamo does not trace the question
+    if torch.compiler.is_dynamo_compiling():  # it does not trace the question
         return True
     top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return top_hooks is None or top_hooks(False) is not None

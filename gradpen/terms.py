@@ -56,7 +56,7 @@ class InputTerm:
         """The model's output → f, (B,)."""
         if callable(self.of):
             return Scalar(self.of, partial(scalar_per_sample, self.of), target)
-        return Scalar(criterion.source, criterion.per_sample, target)
+        return criterion.scalar(target)
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class ParamTerm:
 
     def scalar(self, criterion: Criterion, target: Any) -> Scalar:
         """The model's output → f, (B,)."""
-        return Scalar(criterion.source, criterion.per_sample, target)
+        return criterion.scalar(target)
 
 
 Term = InputTerm | ParamTerm

@@ -37,11 +37,12 @@ from gradpen import (
     mixing,
     param_norms,
     recording,
+    traced_chain,
 )
 from gradpen.criteria import Criterion, scalar_per_sample
 from gradpen.evaluation import Evaluation
 from gradpen.isolation import state_kept
-from gradpen.recording import Call, Recording, RngState, call_model, call_with, float_tensors, map_floats
+from gradpen.recording import Call, Recording, RngState, call_model, call_with, float_tensors, map_floats, tensors_of
 from gradpen.terms import GroupNorms, InputTerm, ParamTerm, Term, select_parameters
 
 # put into the graph as they are: Dynamo refuses `torch.autograd.grad` and `requires_grad_`, the compiler behind it does not
@@ -63,9 +64,21 @@ class Known(NamedTuple):
     plans: tuple[Plan, ...]  # for every term, what `param_norms.ParameterPlan` holds
     calls: tuple[CallSignature, ...]  # the layer calls of the forward pass, to be met again in the traced one
     attributes: tuple[tuple[str, str], ...]  # (module, attribute) that a forward pass sets
+    chain: tuple[Any, ...]  # a `traced_chain.ChainPlan`, if the model is a chain with formulas for all terms; else ()
+    leaves: tuple[str, ...]  # the parameters of the chain
+    are_squared: tuple[bool, ...]  # for every term, whether the chain gives squared norms
 
 
-def evaluate_terms(model: nn.Module, x: Any, y: Any, terms: Sequence[tuple[Term, Criterion]]) -> Evaluation:
+def evaluate_terms(
+    model: nn.Module,
+    x: Any,
+    y: Any,
+    terms: Sequence[tuple[Term, Criterion]],
+    *,
+    means: Sequence[bool] = (),
+    data: Criterion | None = None,
+    create_graph: bool = True,
+) -> Evaluation:
     """`evaluation.evaluate_terms` for the tracer of `torch.compile`.
 
     Raises:
@@ -86,10 +99,15 @@ def evaluate_terms(model: nn.Module, x: Any, y: Any, terms: Sequence[tuple[Term,
             id(model),
             tuple(id(term) for term, _ in terms),
             tuple(id(criterion) for _, criterion in terms),
+            None if data is None else id(data),
+            tuple([True if mean else False for mean in means]),
+            True if create_graph else False,
             layouts,
             *tensors,
         )
     )
+    if known.chain:
+        return _evaluate_chain(model, x, y, known, parameters, trace, create_graph=create_graph)
     forward = _record(
         model,
         x,
@@ -109,8 +127,26 @@ def evaluate_terms(model: nn.Module, x: Any, y: Any, terms: Sequence[tuple[Term,
         chosen = {name: parameters[name] for name in known.parameters[index]}
         replay = functools.partial(_attributes_kept, model, known.attributes)
         norms.append(_group_norms(model, x, y, forward, term, criterion, f, rows, chosen, known.plans[index], replay))
+        if not create_graph:  # so that nothing is compiled for derivatives that nobody wants
+            norms[-1].values = norms[-1].values.detach()
     _check_one_trace(trace)
     return Evaluation(forward.output, norms)
+
+
+def _evaluate_chain(
+    model: nn.Module, x: Any, y: Any, known: Known, parameters: Mapping[str, Tensor], trace: int, *, create_graph: bool
+) -> Evaluation:
+    """By formulas. The model is traced for the sake of the guards; what it computes, the compiler removes."""
+    forward = _record(model, x, input_grad=False, calls=True)
+    _check_one_trace(trace)
+    _check_same_calls(forward, known, parameters)
+    leaves = [parameters[name] for name in known.leaves]
+    output, *found = traced_chain.evaluate(known.chain, forward.calls[0].input, y, *leaves)
+    norms = [
+        GroupNorms(value if create_graph else value.detach(), are_squared=squared)
+        for value, squared in zip(found, known.are_squared, strict=False)  # a data loss may follow
+    ]
+    return Evaluation(output, norms, found[-1] if len(found) > len(norms) else None)
 
 
 def advance(penalty: Any, training: bool) -> float | None:
@@ -422,24 +458,38 @@ def _unpack(layout: Any, tensors: Sequence[Tensor]) -> Any:
 
 @torch.compiler.assume_constant_result
 def _known(
-    model_id: int, term_ids: tuple[int, ...], criterion_ids: tuple[int, ...], layouts: tuple[Any, Any], *tensors: Tensor
+    model_id: int,
+    term_ids: tuple[int, ...],
+    criterion_ids: tuple[int, ...],
+    data_id: int | None,
+    means: tuple[bool, ...],
+    create_graph: bool,
+    layouts: tuple[Any, Any],
+    *tensors: Tensor,
 ) -> tuple[Any, ...]:
     """Look at the model with the batch that is at hand; called in eager mode, once for every compilation.
 
     Modules cannot be arguments of a function whose result is a constant before torch 2.15, but their ids can.
     """
-    objects = _alive({model_id, *term_ids, *criterion_ids})
+    objects = _alive({model_id, *term_ids, *criterion_ids, *(() if data_id is None else (data_id,))})
     model = cast(nn.Module, objects[model_id])
     terms = [cast(Term, objects[term_id]) for term_id in term_ids]
     criteria = [cast(Criterion, objects[criterion_id]) for criterion_id in criterion_ids]
+    data = None if data_id is None else cast(Criterion, objects[data_id])
     copies = [_copied(tensor) for tensor in tensors]  # the model may change its input in place
     x, y = (_unpack(layout, copies) for layout in layouts)
     evaluation.check_call(model, terms)
     with state_kept(model):
         rng, versions, before = RngState.capture(), evaluation.versions_of(x), _attributes_of(model)
-        with_calls = any(evaluation.needs_deltas(term) for term in terms)
+        requests = [
+            evaluation.request_of(model, term, criterion, y, as_mean)
+            for term, criterion, as_mean in zip(terms, criteria, means or [False] * len(terms), strict=True)
+        ]
+        once = data is not None and evaluation.one_backward_pass_does(requests, data, create_graph)
+        has_formulas = chain_terms.have_formulas(requests, first_order=once)
+        with_deltas = any(evaluation.needs_deltas(term) for term in terms)
         forward = recording.record_forward(
-            model, x, input_grad=any(isinstance(term, InputTerm) for term in terms), calls=with_calls
+            model, x, input_grad=any(isinstance(term, InputTerm) for term in terms), calls=has_formulas or with_deltas
         )
         attributes = _changed(before, _attributes_of(model))
         drawn = not _same_state(rng, RngState.capture())
@@ -450,6 +500,13 @@ def _known(
         plans = tuple(
             _plan(model, x, y, forward, term, criterion, drawn) for term, criterion in zip(terms, criteria, strict=True)
         )
+        chain = None
+        if has_formulas and not forward.is_hooked and not any(tensor.requires_grad for tensor in tensors_of(x)):
+            chain = chain_terms.chain_of(forward)
+        if chain is not None:
+            chain = traced_chain.plan_of(chain, model, requests, data, y, create_graph=create_graph)
+        if chain is not None:
+            plans = ((chain.uses, ()),)
     numbers: dict[Any, int] = {}
     keys = [evaluation.scalar_key(term, criterion) for term, criterion in zip(terms, criteria, strict=True)]
     return tuple(
@@ -460,8 +517,11 @@ def _known(
                 for term in terms
             ),
             plans=plans,
-            calls=tuple((call.op, _weight_shape(call)) for call in forward.calls) if with_calls else (),
+            calls=tuple((call.op, _weight_shape(call)) for call in forward.calls) if chain is not None or with_deltas else (),
             attributes=attributes,
+            chain=() if chain is None else tuple(chain),
+            leaves=() if chain is None else tuple(chain.names),
+            are_squared=() if chain is None else chain.are_squared,
         )
     )
 

@@ -20,7 +20,7 @@ FLOORS = [  # from the ground up; a folder is one entry
     {"chain_norms", "gradients", "jacobians", "module_chain", "terms"},
     {"chain_mean", "mixing"},
     {"chain_terms", "param_norms"},
-    {"evaluation", "sides"},
+    {"evaluation", "sides", "traced_chain"},
     {"cut_layers", "traced"},
     {"functional", "penalties"},
     {"layer_norms"},

@@ -1,0 +1,195 @@
+"""Formulas for chains of dense layers within `torch.compile`.
+
+`eager look at the model → ChainPlan, a constant of the graph → evaluate(plan, x, target, *leaves) → squared norms`
+
+`evaluate` is put into the graph as it is: the compiler behind Dynamo runs it, node of the autograd graph and all, and keeps
+what its tensors do. So there is one derivation of every formula, that of eager mode. What the plan does not say,
+`torch.compile` has guards for, since the model is traced beside it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gradpen import chain_terms
+from gradpen.chain_terms import Request
+from gradpen.criteria import Criterion
+from gradpen.dense_chain import KINDS, DenseChain, Elementwise
+from gradpen.terms import InputTerm, ParamTerm, Term
+
+_TERMS: dict[str, type[Term]] = {"input": InputTerm, "param": ParamTerm}
+
+
+class Wanted(NamedTuple):
+    """What is asked for.
+
+    Attributes:
+        term: key in `_TERMS`, and the fields, without a filter of parameters.
+        as_mean: the mean of the squared norms is enough.
+        parameters: names of the parameters that count; None: all that the chain has.
+    """
+
+    term: tuple[Any, ...]
+    as_mean: bool
+    parameters: tuple[str, ...] | None
+
+
+class ChainPlan(NamedTuple):
+    """What eager mode has found out, in numbers, strings and tuples: it can be a constant of a graph.
+
+    Attributes:
+        weights: names of the W_t.
+        biases: names of the b_t, None where there is none.
+        functions: what lies between the layers: key in `KINDS`, None for nothing, and its options.
+        wanted: what is asked for, all of the f_i of one cross entropy or of random directions of the output.
+        reduction: of the data loss, if that is the same cross entropy; else None.
+        first_order: norms are finite differences, and nothing is differentiated twice.
+    """
+
+    weights: tuple[str, ...]
+    biases: tuple[str | None, ...]
+    functions: tuple[tuple[str | None, tuple[Any, ...]], ...]
+    wanted: tuple[Wanted, ...]
+    reduction: str | None
+    first_order: bool
+
+    @classmethod
+    def from_constant(cls, constant: Sequence[Any]) -> ChainPlan:
+        """From itself, whatever a compiler has made of its named tuples."""
+        *names, wanted, reduction, first_order = constant
+        return cls(*names, tuple(Wanted(*one) for one in wanted), reduction, first_order)
+
+    @property
+    def names(self) -> list[str]:
+        """Of all weights, and then of all biases that there are: the leaves, as `evaluate` expects them."""
+        return [*self.weights, *[name for name in self.biases if name is not None]]
+
+    @property
+    def uses(self) -> tuple[tuple[str, tuple[tuple[int, str], ...]], ...]:
+        """Name → the one call that uses it, and as what."""
+        rows = (("weight", self.weights), ("bias", self.biases))
+        return tuple((name, ((t, role),)) for role, row in rows for t, name in enumerate(row) if name is not None)
+
+    @property
+    def are_squared(self) -> tuple[bool, ...]:
+        """For all that is wanted, whether `evaluate` gives squared norms, as it does but for finite differences."""
+        return tuple(not (self.first_order and "finite_difference" in one.term) for one in self.wanted)
+
+
+def plan_of(
+    chain: DenseChain,
+    model: nn.Module,
+    requests: Sequence[Request],
+    data: Criterion | None,
+    target: Any,
+    *,
+    create_graph: bool,
+) -> ChainPlan | None:
+    """None if there are no formulas, or only such as call functions of the user, which Dynamo would not see.
+
+    Args:
+        chain: an eager forward pass of the model.
+        model: whose parameters have names.
+        requests: what is asked for; `chain_terms.have_formulas` of it.
+        data: criterion of the data loss, if there is one.
+        target: of the criteria.
+        create_graph: somebody differentiates the squared norms.
+    """
+    if any(between.factor is not None for between in chain.between):  # dropout's mask is drawn by the model
+        return None
+    scalars = [request.function for request in requests if request.projection is None]
+    if not all(scalar.is_cross_entropy_at(chain.output) for scalar in scalars):
+        return None
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    kinds = {id(kind): name for name, kind in KINDS.items()}
+    functions = [(None if one.kind is None else kinds[id(one.kind)], one.options) for one in chain.between]
+    return ChainPlan(
+        weights=tuple(names[id(weight)] for weight in chain.weights),
+        biases=tuple(None if bias is None else names[id(bias)] for bias in chain.biases),
+        functions=tuple(functions),
+        wanted=tuple(_wanted(request) for request in requests),
+        reduction=None if data is None or not data.scalar(target).is_cross_entropy_at(chain.output) else data.reduction,
+        first_order=create_graph and any(request.difference is not None for request in requests),
+    )
+
+
+def _wanted(request: Request) -> Wanted:
+    term, chosen = request.term, request.parameters
+    if isinstance(term, ParamTerm):
+        term = dataclasses.replace(term, parameters=None)
+    kind = next(name for name, its_type in _TERMS.items() if isinstance(term, its_type))
+    fields = [getattr(term, field.name) for field in dataclasses.fields(term)]
+    return Wanted((kind, *fields), request.as_mean, None if chosen is None else tuple(chosen))
+
+
+@torch.compiler.allow_in_graph
+def evaluate(plan: Sequence[Any], x: Tensor, target: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+    """Output, values of the norms that are wanted, in order, and the data loss if there is a formula for it.
+
+    Args:
+        plan: a `ChainPlan`.
+        x: what the first layer is given, (B, n_0).
+        target: classes, (B,).
+        *leaves: those of the plan's `names`.
+    """
+    plan = ChainPlan.from_constant(plan)
+    named = dict(zip(plan.names, leaves, strict=True))
+    chain = _run(plan, x, named)
+    criterion = Criterion(F.cross_entropy, plan.reduction or "mean")
+    requests = [_request(one, criterion, target, named) for one in plan.wanted]
+    data = None if plan.reduction is None else (criterion, target)
+    found = chain_terms.evaluate(
+        None, chain, requests, create_graph=True, data=data, first_order=plan.first_order
+    )
+    assert found is not None
+    data_loss = () if found.data_loss is None else (found.data_loss,)
+    return (found.output, *[norms.values for norms in found.norms], *data_loss)
+
+
+def _request(wanted: Wanted, criterion: Criterion, target: Tensor, named: Mapping[str, Tensor]) -> Request:
+    kind, *fields = wanted.term
+    term = _TERMS[kind](*fields)
+    chosen = None if wanted.parameters is None else {name: named[name] for name in wanted.parameters if name in named}
+    return Request(term, chosen, "cross entropy", term.scalar(criterion, target), wanted.as_mean)
+
+
+@torch.no_grad()
+def _run(plan: ChainPlan, x: Tensor, named: Mapping[str, Tensor]) -> DenseChain:
+    """The forward pass."""
+    weights = tuple(named[name] for name in plan.weights)
+    biases = tuple(None if name is None else named[name] for name in plan.biases)
+    hidden, between = [x], []
+    z = first = F.linear(x, weights[0], biases[0])
+    for (kind, options), weight, bias in zip(plan.functions, weights[1:], biases[1:], strict=True):
+        h, there = Elementwise(None if kind is None else _KINDS[kind], tuple(options)).at(z)
+        hidden.append(h)
+        between.append(there)
+        z = F.linear(h, weight, bias)
+    return DenseChain(weights, biases, tuple(hidden), tuple(between), z, first if plan.first_order else None)
+
+
+def _relu_backward_anew(cotangent: Tensor, result: Tensor) -> Tensor:
+    return torch.where(result > 0, cotangent, 0.0)
+
+
+def _leaky_relu_backward_anew(cotangent: Tensor, z: Tensor, slope: float) -> Tensor:
+    return torch.where(z <= 0, cotangent * slope, cotangent)
+
+
+# What forward and backward pass have in common the compiler saves. Of g' that are 0 or 1 that is a mask of one byte an entry,
+# which its kernels for CPUs need twenty times as long for as for numbers. So the backward pass asks for it in other words.
+_KINDS = KINDS | {
+    name: dataclasses.replace(
+        KINDS[name], in_backward=dataclasses.replace(KINDS[name], backward=backward, backward_into=None)
+    )
+    for name, backward in (
+        ("ReluBackward0", _relu_backward_anew),
+        ("LeakyReluBackward0", _leaky_relu_backward_anew),
+    )
+}
