@@ -37,7 +37,7 @@ class Request(NamedTuple):
     """
 
     term: Term
-    parameters: Mapping[str, nn.Parameter] | None
+    parameters: Mapping[str, Tensor] | None
     key: Any
     function: Scalar
     as_mean: bool = False

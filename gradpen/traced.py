@@ -100,14 +100,15 @@ def evaluate_terms(
             tuple(id(term) for term, _ in terms),
             tuple(id(criterion) for _, criterion in terms),
             None if data is None else id(data),
-            tuple([True if mean else False for mean in means]),
-            True if create_graph else False,
+            tuple([bool(mean) for mean in means]),
+            bool(create_graph),
             layouts,
             *tensors,
         )
     )
     if known.chain:
-        return _evaluate_chain(model, x, y, known, parameters, trace, create_graph=create_graph)
+        criteria = [criterion for _, criterion in terms] + ([] if data is None else [data])
+        return _evaluate_chain(model, x, y, criteria, known, parameters, trace, create_graph=create_graph)
     forward = _record(
         model,
         x,
@@ -134,10 +135,20 @@ def evaluate_terms(
 
 
 def _evaluate_chain(
-    model: nn.Module, x: Any, y: Any, known: Known, parameters: Mapping[str, Tensor], trace: int, *, create_graph: bool
+    model: nn.Module,
+    x: Any,
+    y: Any,
+    criteria: Sequence[Criterion],
+    known: Known,
+    parameters: Mapping[str, Tensor],
+    trace: int,
+    *,
+    create_graph: bool,
 ) -> Evaluation:
-    """By formulas. The model is traced for the sake of the guards; what it computes, the compiler removes."""
+    """By formulas. Model and criteria are traced for the sake of the guards; what they compute, the compiler removes."""
     forward = _record(model, x, input_grad=False, calls=True)
+    for criterion in criteria:
+        criterion.per_sample(forward.output, y)
     _check_one_trace(trace)
     _check_same_calls(forward, known, parameters)
     leaves = [parameters[name] for name in known.leaves]
@@ -478,7 +489,7 @@ def _known(
     data = None if data_id is None else cast(Criterion, objects[data_id])
     copies = [_copied(tensor) for tensor in tensors]  # the model may change its input in place
     x, y = (_unpack(layout, copies) for layout in layouts)
-    evaluation.check_call(model, terms)
+    parameters = evaluation.check_call(model, terms)
     with state_kept(model):
         rng, versions, before = RngState.capture(), evaluation.versions_of(x), _attributes_of(model)
         requests = [
@@ -504,6 +515,9 @@ def _known(
         if has_formulas and not forward.is_hooked and not any(tensor.requires_grad for tensor in tensors_of(x)):
             chain = chain_terms.chain_of(forward)
         if chain is not None:
+            requests = [
+                request._replace(parameters=chosen) for request, chosen in zip(requests, parameters, strict=True)
+            ]
             chain = traced_chain.plan_of(chain, model, requests, data, y, create_graph=create_graph)
         if chain is not None:
             plans = ((chain.uses, ()),)
@@ -517,7 +531,9 @@ def _known(
                 for term in terms
             ),
             plans=plans,
-            calls=tuple((call.op, _weight_shape(call)) for call in forward.calls) if chain is not None or with_deltas else (),
+            calls=tuple((call.op, _weight_shape(call)) for call in forward.calls)
+            if chain is not None or with_deltas
+            else (),
             attributes=attributes,
             chain=() if chain is None else tuple(chain),
             leaves=() if chain is None else tuple(chain.names),

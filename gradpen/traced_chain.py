@@ -32,12 +32,12 @@ class Wanted(NamedTuple):
     Attributes:
         term: key in `_TERMS`, and the fields, without a filter of parameters.
         as_mean: the mean of the squared norms is enough.
-        parameters: names of the parameters that count; None: all that the chain has.
+        parameters: names of the parameters that count.
     """
 
     term: tuple[Any, ...]
     as_mean: bool
-    parameters: tuple[str, ...] | None
+    parameters: tuple[str, ...]
 
 
 class ChainPlan(NamedTuple):
@@ -107,6 +107,8 @@ def plan_of(
     if not all(scalar.is_cross_entropy_at(chain.output) for scalar in scalars):
         return None
     names = {id(parameter): name for name, parameter in model.named_parameters()}
+    if not all(id(leaf) in names for leaf in chain.leaves):
+        return None
     kinds = {id(kind): name for name, kind in KINDS.items()}
     functions = [(None if one.kind is None else kinds[id(one.kind)], one.options) for one in chain.between]
     return ChainPlan(
@@ -120,33 +122,31 @@ def plan_of(
 
 
 def _wanted(request: Request) -> Wanted:
-    term, chosen = request.term, request.parameters
+    term = request.term
     if isinstance(term, ParamTerm):
         term = dataclasses.replace(term, parameters=None)
     kind = next(name for name, its_type in _TERMS.items() if isinstance(term, its_type))
     fields = [getattr(term, field.name) for field in dataclasses.fields(term)]
-    return Wanted((kind, *fields), request.as_mean, None if chosen is None else tuple(chosen))
+    return Wanted((kind, *fields), request.as_mean, tuple(request.parameters or ()))
 
 
 @torch.compiler.allow_in_graph
-def evaluate(plan: Sequence[Any], x: Tensor, target: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+def evaluate(constant: Sequence[Any], x: Tensor, target: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
     """Output, values of the norms that are wanted, in order, and the data loss if there is a formula for it.
 
     Args:
-        plan: a `ChainPlan`.
+        constant: a `ChainPlan`.
         x: what the first layer is given, (B, n_0).
         target: classes, (B,).
         *leaves: those of the plan's `names`.
     """
-    plan = ChainPlan.from_constant(plan)
+    plan = ChainPlan.from_constant(constant)
     named = dict(zip(plan.names, leaves, strict=True))
     chain = _run(plan, x, named)
     criterion = Criterion(F.cross_entropy, plan.reduction or "mean")
     requests = [_request(one, criterion, target, named) for one in plan.wanted]
     data = None if plan.reduction is None else (criterion, target)
-    found = chain_terms.evaluate(
-        None, chain, requests, create_graph=True, data=data, first_order=plan.first_order
-    )
+    found = chain_terms.evaluate(None, chain, requests, create_graph=True, data=data, first_order=plan.first_order)
     assert found is not None
     data_loss = () if found.data_loss is None else (found.data_loss,)
     return (found.output, *[norms.values for norms in found.norms], *data_loss)
@@ -155,8 +155,8 @@ def evaluate(plan: Sequence[Any], x: Tensor, target: Tensor, *leaves: Tensor) ->
 def _request(wanted: Wanted, criterion: Criterion, target: Tensor, named: Mapping[str, Tensor]) -> Request:
     kind, *fields = wanted.term
     term = _TERMS[kind](*fields)
-    chosen = None if wanted.parameters is None else {name: named[name] for name in wanted.parameters if name in named}
-    return Request(term, chosen, "cross entropy", term.scalar(criterion, target), wanted.as_mean)
+    counted = {name: named[name] for name in wanted.parameters if name in named}
+    return Request(term, counted, "cross entropy", term.scalar(criterion, target), wanted.as_mean)
 
 
 @torch.no_grad()
@@ -182,8 +182,8 @@ def _leaky_relu_backward_anew(cotangent: Tensor, z: Tensor, slope: float) -> Ten
     return torch.where(z <= 0, cotangent * slope, cotangent)
 
 
-# What forward and backward pass have in common the compiler saves. Of g' that are 0 or 1 that is a mask of one byte an entry,
-# which its kernels for CPUs need twenty times as long for as for numbers. So the backward pass asks for it in other words.
+# The compiler saves what forward and backward pass have in common: of these g' a mask of one byte an entry, which its
+# kernels for CPUs write and read many times as slowly as numbers. So the backward pass asks for it in other words.
 _KINDS = KINDS | {
     name: dataclasses.replace(
         KINDS[name], in_backward=dataclasses.replace(KINDS[name], backward=backward, backward_into=None)
