@@ -352,8 +352,8 @@ def _check_same_calls(forward: Recording, known: Known, parameters: Mapping[str,
     """The plan was made for the calls of an eager forward pass: the traced one has to consist of the same."""
     same = len(forward.calls) == len(known.calls)
     if same:
-        for call, (op, shape) in zip(forward.calls, known.calls, strict=True):
-            same = same and call.op == op and _weight_shape(call) == shape
+        for call, signature in zip(forward.calls, known.calls, strict=True):
+            same = same and _signature(call) == signature
         for uses, _ in known.plans:
             for name, places in uses:
                 for index, role in places:
@@ -367,8 +367,8 @@ def _check_same_calls(forward: Recording, known: Known, parameters: Mapping[str,
         )
 
 
-def _weight_shape(call: Call) -> tuple[int, ...] | None:
-    return None if call.weight is None else tuple(call.weight.shape)
+def _signature(call: Call) -> CallSignature:
+    return call.op, None if call.weight is None else tuple(call.weight.shape)
 
 
 @torch.compiler.assume_constant_result
@@ -513,14 +513,9 @@ def _known(
         )
         chain = None
         if has_formulas and not forward.is_hooked and not any(tensor.requires_grad for tensor in tensors_of(x)):
-            chain = chain_terms.chain_of(forward)
-        if chain is not None:
-            requests = [
-                request._replace(parameters=chosen) for request, chosen in zip(requests, parameters, strict=True)
-            ]
-            chain = traced_chain.plan_of(chain, model, requests, data, y, create_graph=create_graph)
-        if chain is not None:
-            plans = ((chain.uses, ()),)
+            pairs = zip(requests, parameters, strict=True)
+            requests = [request._replace(parameters=chosen) for request, chosen in pairs]
+            chain = _chain_plan(model, forward, requests, data, y, create_graph=create_graph)
     numbers: dict[Any, int] = {}
     keys = [evaluation.scalar_key(term, criterion) for term, criterion in zip(terms, criteria, strict=True)]
     return tuple(
@@ -530,16 +525,30 @@ def _known(
                 tuple(select_parameters(model, term.parameters)) if isinstance(term, ParamTerm) else ()
                 for term in terms
             ),
-            plans=plans,
-            calls=tuple((call.op, _weight_shape(call)) for call in forward.calls)
-            if chain is not None or with_deltas
-            else (),
+            plans=plans if chain is None else ((chain.uses, ()),),
+            calls=() if chain is None and not with_deltas else tuple(_signature(call) for call in forward.calls),
             attributes=attributes,
             chain=() if chain is None else tuple(chain),
             leaves=() if chain is None else tuple(chain.names),
             are_squared=() if chain is None else chain.are_squared,
         )
     )
+
+
+def _chain_plan(
+    model: nn.Module,
+    forward: Recording,
+    requests: Sequence[chain_terms.Request],
+    data: Criterion | None,
+    target: Any,
+    *,
+    create_graph: bool,
+) -> traced_chain.ChainPlan | None:
+    """How to get all that is asked for by formulas, if the model is a chain and it can be had that way."""
+    chain = chain_terms.chain_of(forward)
+    if chain is None:
+        return None
+    return traced_chain.plan_of(chain, model, requests, data, target, create_graph=create_graph)
 
 
 def _attributes_of(model: nn.Module) -> dict[tuple[str, str], Any]:

@@ -62,8 +62,8 @@ class ChainPlan(NamedTuple):
     @classmethod
     def from_constant(cls, constant: Sequence[Any]) -> ChainPlan:
         """From itself, whatever a compiler has made of its named tuples."""
-        *names, wanted, reduction, first_order = constant
-        return cls(*names, tuple(Wanted(*one) for one in wanted), reduction, first_order)
+        plan = cls(*constant)
+        return plan._replace(wanted=tuple(Wanted(*one) for one in plan.wanted))
 
     @property
     def names(self) -> list[str]:
@@ -178,18 +178,8 @@ def _relu_backward_anew(cotangent: Tensor, result: Tensor) -> Tensor:
     return torch.where(result > 0, cotangent, 0.0)
 
 
-def _leaky_relu_backward_anew(cotangent: Tensor, z: Tensor, slope: float) -> Tensor:
-    return torch.where(z <= 0, cotangent * slope, cotangent)
-
-
-# The compiler saves what forward and backward pass have in common: of these g' a mask of one byte an entry, which its
-# kernels for CPUs write and read many times as slowly as numbers. So the backward pass asks for it in other words.
-_KINDS = KINDS | {
-    name: dataclasses.replace(
-        KINDS[name], in_backward=dataclasses.replace(KINDS[name], backward=backward, backward_into=None)
-    )
-    for name, backward in (
-        ("ReluBackward0", _relu_backward_anew),
-        ("LeakyReluBackward0", _leaky_relu_backward_anew),
-    )
-}
+# The compiler saves what forward and backward pass have in common: of g' a mask of one byte an entry, which its kernels for
+# CPUs write and read many times as slowly as numbers. So the backward pass asks for it in other words, by the h that it has.
+_RELU = KINDS["ReluBackward0"]
+_RELU_IN_BACKWARD = dataclasses.replace(_RELU, backward=_relu_backward_anew, backward_into=None)
+_KINDS = KINDS | {"ReluBackward0": dataclasses.replace(_RELU, in_backward=_RELU_IN_BACKWARD)}
