@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import peers
 import straight_line
@@ -13,12 +13,14 @@ import torch
 import torch.nn.functional as F
 import written_out
 from torch import Tensor
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
 from workload import Workload
 from written_out import Computed
 
 from gradpen import InputGradPenalty, ParamGradPenalty, PenalizedLoss
 from gradpen.functional import param_grad_sq_norm
-from gradpen.penalties import GradPenalty
+from gradpen.penalties import GradPenalty, PenalizedOutput
 from gradpen.terms import GroupNorms
 
 # such that a penalty is a good part of the gradient: a wrong one cannot hide in the tolerance of the comparison
@@ -29,6 +31,7 @@ BY_HAND, BETWEEN_SAMPLES = "by hand", "by hand, products between samples"
 WITHOUT_AUTOGRAD, BEHIND_A_LOSS = "by hand, without autograd", "by hand, behind a loss"
 
 Step = Callable[[], Tensor]  # returns R, or the norms, without a graph
+StepOf = Callable[[Workload, list[GradPenalty]], Step]
 Who = Literal["gradpen", "straight line", "peer"]
 
 
@@ -40,11 +43,13 @@ class Contender:
         name: as in the table.
         who: gradpen's table row has its figure, the straight line is the floor in practice, the others are peers.
         build: everything that is done once; raises `peers.UnsupportedJobError`.
+        compiled: building takes long: not for a quick run.
     """
 
     name: str
     who: Who
     build: Callable[[Workload], Step]
+    compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ def jobs() -> list[Job]:
             (
                 _straight(lambda work: straight_line.input_step(work, INPUT_WEIGHT)),
                 *_written_out(lambda: partial(written_out.penalised, input_weight=INPUT_WEIGHT)),
-                _objective(lambda: [InputGradPenalty(INPUT_WEIGHT)]),
+                *_objective(lambda: [InputGradPenalty(INPUT_WEIGHT)]),
                 Contender("added to a loss, two forward passes", "gradpen", _added_input_penalty),
                 _peer("double backprop by hand", lambda w: peers.double_backprop_input_step(w, INPUT_WEIGHT)),
             ),
@@ -94,7 +99,7 @@ def jobs() -> list[Job]:
             (
                 _straight(lambda work: straight_line.param_step(work, PARAM_WEIGHT)),
                 *_written_out(lambda: partial(written_out.penalised, param_weight=PARAM_WEIGHT)),
-                _objective(lambda: [ParamGradPenalty(PARAM_WEIGHT)]),
+                *_objective(lambda: [ParamGradPenalty(PARAM_WEIGHT)]),
                 Contender("BackPACK, create_graph", "peer", _backpack_param_step),
                 Contender("Opacus", "peer", _opacus_param_step),
                 _peer("vmap(grad)", lambda work: peers.vmap_param_step(work, PARAM_WEIGHT)),
@@ -111,7 +116,7 @@ def jobs() -> list[Job]:
                 *_written_out(
                     lambda: partial(written_out.penalised, input_weight=INPUT_WEIGHT, param_weight=PARAM_WEIGHT)
                 ),
-                _objective(lambda: [InputGradPenalty(INPUT_WEIGHT), ParamGradPenalty(PARAM_WEIGHT)]),
+                *_objective(lambda: [InputGradPenalty(INPUT_WEIGHT), ParamGradPenalty(PARAM_WEIGHT)]),
             ),
         ),
         Job(
@@ -127,7 +132,7 @@ def jobs() -> list[Job]:
                     "straight line",
                     lambda work: lambda: straight_line.batch_step(work, BATCH_WEIGHT, between_samples=True),
                 ),
-                _objective(lambda: [ParamGradPenalty(BATCH_WEIGHT, over="batch")]),
+                *_objective(lambda: [ParamGradPenalty(BATCH_WEIGHT, over="batch")]),
                 _peer("double backprop by hand", lambda w: peers.double_backprop_batch_step(w, BATCH_WEIGHT)),
             ),
         ),
@@ -139,7 +144,7 @@ def jobs() -> list[Job]:
             True,
             (
                 _straight(lambda work: straight_line.difference_step(work, RADIUS, RADIUS)),
-                _objective(lambda: [_sam_penalty()]),
+                *_objective(lambda: [_sam_penalty()]),
                 _peer("SAM by hand", lambda work: peers.sam_step(work, RADIUS)),
             ),
         ),
@@ -169,7 +174,7 @@ def jobs() -> list[Job]:
             True,
             (
                 *_written_out(lambda: written_out.sample_norms),
-                Contender("PenalizedLoss", "gradpen", _norms_beside_step),
+                *_both_modes(_norms_beside_step),
                 Contender("BackPACK", "peer", lambda work: peers.BackpackBatchL2(work).norms_and_step),
                 Contender("Opacus", "peer", lambda work: peers.OpacusGhostNorms(work).norms_and_step),
             ),
@@ -196,7 +201,7 @@ def jobs() -> list[Job]:
             (
                 _lazy(_straight(lambda work: straight_line.input_step(work, EVERY * INPUT_WEIGHT))),
                 *map(_lazy, _written_out(lambda: partial(written_out.penalised, input_weight=EVERY * INPUT_WEIGHT))),
-                _objective(lambda: [InputGradPenalty(INPUT_WEIGHT, every_n_steps=EVERY)]),
+                *_objective(lambda: [InputGradPenalty(INPUT_WEIGHT, every_n_steps=EVERY)]),
             ),
         ),
     ]
@@ -205,10 +210,47 @@ def jobs() -> list[Job]:
 def objective_step(work: Workload, penalties: list[GradPenalty]) -> Step:
     """One whole step through the public interface."""
     objective = PenalizedLoss(F.cross_entropy, *penalties)
+    return _step_of(work, partial(objective, work.model))
 
+
+def compiled_step(work: Workload, penalties: list[GradPenalty]) -> Step:
+    """The same, with the function of the batch that gives the loss compiled as a whole."""
+    objective = PenalizedLoss(F.cross_entropy, *penalties)
+
+    def loss_of(x: Tensor, y: Tensor) -> _Loss:
+        out = objective(work.model, x, y)
+        return _Loss(out.loss, out.penalties)
+
+    step = _step_of(work, _compiled(loss_of))
+    for _ in range(2 * EVERY):  # steps with and without the penalty, each for the first time and for all others
+        step()
+    for penalty in penalties:
+        penalty.num_calls = 0
+    return step
+
+
+class _Loss(NamedTuple):
+    """Of a `PenalizedOutput` what a training loop needs."""
+
+    loss: Tensor
+    penalties: dict[str, Tensor]
+
+
+def _compiled(function: Callable[..., _Loss]) -> Callable[..., _Loss]:
+    if torch.__version__ < (2, 8):
+        raise peers.UnsupportedJobError("torch 2.8 is the oldest that can compile a penalty")
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise peers.UnsupportedJobError("torch.compile finds no C++ compiler") from error
+    torch._dynamo.reset()  # what was compiled before has run: a function is compiled a limited number of times
+    return torch.compile(function, fullgraph=True)
+
+
+def _step_of(work: Workload, loss_of: Callable[[Tensor, Tensor], _Loss | PenalizedOutput]) -> Step:
     def step() -> Tensor:
         work.model.zero_grad()
-        out = objective(work.model, work.x, work.y)
+        out = loss_of(work.x, work.y)
         out.loss.backward()
         values = [value.detach() for value in out.penalties.values()]
         return values[0] if len(values) == 1 else torch.stack(values)
@@ -231,8 +273,15 @@ def _peer(name: str, step: Callable[[Workload], Tensor]) -> Contender:
     return Contender(name, "peer", lambda work: lambda: step(work))
 
 
-def _objective(penalties: Callable[[], list[GradPenalty]]) -> Contender:
-    return Contender("PenalizedLoss", "gradpen", lambda work: objective_step(work, penalties()))
+def _objective(penalties: Callable[[], list[GradPenalty]]) -> tuple[Contender, Contender]:
+    return _both_modes(lambda work, step_of: step_of(work, penalties()))
+
+
+def _both_modes(build: Callable[[Workload, StepOf], Step]) -> tuple[Contender, Contender]:
+    return (
+        Contender("PenalizedLoss", "gradpen", lambda work: build(work, objective_step)),
+        Contender("PenalizedLoss, compiled", "gradpen", lambda work: build(work, compiled_step), compiled=True),
+    )
 
 
 def _added_input_penalty(work: Workload) -> Step:
@@ -255,9 +304,9 @@ class _SingleNorms(ParamGradPenalty):
         return super().reduce(norms)
 
 
-def _norms_beside_step(work: Workload) -> Step:
+def _norms_beside_step(work: Workload, step_of: StepOf) -> Step:
     penalty = _SingleNorms(0.0)
-    step = objective_step(work, [penalty])
+    step = step_of(work, [penalty])
 
     def norms_and_step() -> Tensor:
         step()

@@ -69,7 +69,8 @@ class Setting:
 
 def penalty_row(job: Job, setting: Setting, advance: Advance) -> Results:
     """One row of the main table: agreement first, then the race."""
-    errors = check_agreement(job, setting.work)
+    left_out = {contender.name: "left out of the quick run" for contender in job.contenders if contender.compiled}
+    errors = check_agreement(job, setting.work, left_out if setting.quick else {})
     able = [contender for contender in job.contenders if not isinstance(errors[contender.name], str)]
     plain = setting.work.copied()
     timings = race(
