@@ -43,6 +43,7 @@ class GradPenalty(nn.Module):
         self.name = name
         self.num_calls = 0
         self._criterion = as_criterion(F.cross_entropy if criterion is None else criterion)
+        self._has_own_reduce = type(self).reduce not in (GradPenalty.reduce, InputGradPenalty.reduce)
 
     def forward(self, model: nn.Module, x: Any, y: Any = None) -> Tensor:
         """weight × R for one batch, to be added to any loss.
@@ -95,7 +96,7 @@ class GradPenalty(nn.Module):
     @property
     def takes_mean(self) -> bool:
         """Whether R is the mean of the squared norms, so that `reduce` does not need the single ones."""
-        return self.squared and type(self).reduce in (GradPenalty.reduce, InputGradPenalty.reduce)
+        return self.squared and not self._has_own_reduce
 
     def reduce(self, norms: GroupNorms) -> Tensor:
         """R: the mean over samples of ‖·‖², or of ‖·‖."""
@@ -198,7 +199,7 @@ class InputGradPenalty(GradPenalty):
     @property
     def takes_mean(self) -> bool:
         """Whether R is the mean of the squared norms, so that `reduce` does not need the single ones."""
-        return self.target is None and super().takes_mean
+        return self.target is None and self.squared and not self._has_own_reduce
 
     def reduce(self, norms: GroupNorms) -> Tensor:
         """R: the mean over samples of ‖·‖², of ‖·‖, or of (‖·‖ − target)²."""

@@ -153,9 +153,10 @@ def _evaluate_chain(
     _check_same_calls(forward, known, parameters)
     leaves = [parameters[name] for name in known.leaves]
     output, *found = traced_chain.evaluate(known.chain, forward.calls[0].input, y, *leaves)
+    values = found[: len(known.are_squared)]  # the data loss may follow
     norms = [
         GroupNorms(value if create_graph else value.detach(), are_squared=squared)
-        for value, squared in zip(found, known.are_squared, strict=False)  # a data loss may follow
+        for value, squared in zip(values, known.are_squared, strict=True)
     ]
     return Evaluation(output, norms, found[-1] if len(found) > len(norms) else None)
 
@@ -352,8 +353,8 @@ def _check_same_calls(forward: Recording, known: Known, parameters: Mapping[str,
     """The plan was made for the calls of an eager forward pass: the traced one has to consist of the same."""
     same = len(forward.calls) == len(known.calls)
     if same:
-        for call, signature in zip(forward.calls, known.calls, strict=True):
-            same = same and _signature(call) == signature
+        for call, (op, shape) in zip(forward.calls, known.calls, strict=True):
+            same = same and call.op == op and _weight_shape(call) == shape
         for uses, _ in known.plans:
             for name, places in uses:
                 for index, role in places:
@@ -367,8 +368,8 @@ def _check_same_calls(forward: Recording, known: Known, parameters: Mapping[str,
         )
 
 
-def _signature(call: Call) -> CallSignature:
-    return call.op, None if call.weight is None else tuple(call.weight.shape)
+def _weight_shape(call: Call) -> tuple[int, ...] | None:
+    return None if call.weight is None else tuple(call.weight.shape)
 
 
 @torch.compiler.assume_constant_result
@@ -526,7 +527,7 @@ def _known(
                 for term in terms
             ),
             plans=plans if chain is None else ((chain.uses, ()),),
-            calls=() if chain is None and not with_deltas else tuple(_signature(call) for call in forward.calls),
+            calls=tuple((call.op, _weight_shape(call)) for call in forward.calls if chain is not None or with_deltas),
             attributes=attributes,
             chain=() if chain is None else tuple(chain),
             leaves=() if chain is None else tuple(chain.names),
