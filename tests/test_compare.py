@@ -558,6 +558,15 @@ def test_the_grids_in_the_repository_are_whole(path: Path) -> None:
         ({"sweeps": [{"question": 6, "seeds": [1], "cases": [{"lr": 0.1}, {"lr": 0.1}]}]}, "which would count twice"),
         ({"sweeps": [{"question": 6, "seeds": [1]}] * 2}, "which would count twice"),
         (
+            {
+                "sweeps": [
+                    {"question": 5, "seeds": [seed], "settings": {"activation": activation}, "vary": {"init": ["he"]}}
+                    for seed, activation in enumerate(("relu", "tanh"))
+                ]
+            },
+            "sweep 2, init he, seed 1: another sweep of question 5 has a case of this name with other settings",
+        ),
+        (
             {"sweeps": [{"question": 6, "seeds": [1], "vary": {"seed": [3, 4]}}]},
             r"vary of a sweep may have no seed, got \[3, 4\]",
         ),

@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -165,8 +165,9 @@ class Grid:
                     raise UserError(f"method {name!r} is like {self.methods[name]['like']!r}, which only must name too")
 
     def _check_runs(self) -> None:
-        """Every run must have settings that its recipe takes, and count once."""
+        """Every run must have settings that its recipe takes, and count once, beside others of its case alone."""
         swept: set[tuple[int, str]] = set()
+        cases: dict[tuple[int, str], str] = {}
         for planned in self.every_run():
             where = f"{planned.task}, {planned.method or 'its only case'}"
             try:
@@ -175,10 +176,16 @@ class Grid:
                 raise UserError(f"{where}: {error}") from None
             if planned.stage == "choose" and not settings.val_size:
                 raise UserError(f"{where}: there are candidates to choose from, give val_size in the settings")
-            if planned.stage == "sweep" and (planned.question, planned.run.key) in swept:
-                raise UserError(f"{where}, seed {planned.seed}: another case is the same run, which would count twice")
-            if planned.stage == "sweep":
-                swept.add((planned.question, planned.run.key))
+            if planned.stage != "sweep":
+                continue
+            where = f"{where}, seed {planned.seed}"
+            if (planned.question, planned.run.key) in swept:
+                raise UserError(f"{where}: another case is the same run, which would count twice")
+            swept.add((planned.question, planned.run.key))
+            case = replace(planned.run, settings={**planned.run.settings, "seed": 0}).key
+            if cases.setdefault((planned.question, planned.method), case) != case:
+                raise UserError(f"{where}: another sweep of question {planned.question} has a case of this name with other "
+                                "settings, write what differs into vary or cases")  # fmt: skip
 
     def every_run(self, records: Records | None = None) -> Iterator[Planned]:
         """All runs but those of matched compute, with what the records choose so far, or the first candidate."""
