@@ -235,6 +235,27 @@ def test_what_was_published_goes_on(
     assert [run.settings["sam_radius"] for run in made] == [0.05, 0.05]
 
 
+def test_figures_that_are_not_the_report_s_stay(
+    unbroken: tuple[Path, list[sweep.Done]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **_: path.write_bytes(b"new"))
+    out, published = tmp_path / "out", tmp_path / "paper"
+    for folder in (out, published):
+        (folder / "figures").mkdir(parents=True)
+        (folder / "figures" / "my own.png").write_bytes(b"mine")
+        (folder / "figures" / "tightness-ladder.png").write_bytes(b"old")
+    _, done = unbroken
+    report.write_report(out, tiny(), done)
+    report.publish(out, published, done)
+    for folder in (out, published):
+        kept = {path.name: path.read_bytes() for path in (folder / "figures").iterdir()}
+        assert kept == {"my own.png": b"mine", **{f"{name}.png": b"new" for name in report.FIGURES}}
+    report.write_report(out, tiny(), [])
+    report.publish(out, published, [])
+    for folder in (out, published):
+        assert [path.name for path in (folder / "figures").iterdir()] == ["my own.png"]  # nothing of the earlier report
+
+
 @pytest.mark.parametrize("published", sorted(ROOT.glob("docs/comparison/*/")), ids=lambda path: path.name)
 def test_the_published_reports_are_those_of_their_records(
     published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -53,8 +53,10 @@ def publish(out: Path, folder: Path, done: Iterable[Done]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("report.md", "results.csv"):
         shutil.copy(out / name, folder / name)
-    shutil.rmtree(folder / "figures", ignore_errors=True)
-    shutil.copytree(out / "figures", folder / "figures")
+    drawn = _without_figures(folder / "figures")
+    for name in FIGURES:
+        if (out / "figures" / f"{name}.png").exists():
+            shutil.copy(out / "figures" / f"{name}.png", drawn)
     records = {one.record["key"]: one.record for one in done}
     with tarfile.open(folder / "records.tar.xz", "w:xz") as archive:
         for key, record in sorted(records.items()):
@@ -66,8 +68,7 @@ def publish(out: Path, folder: Path, done: Iterable[Done]) -> None:
 
 def draw(results: Results, folder: Path) -> dict[str, str]:
     """Write every figure that shows something; returns its path relative to the report, and its caption."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    _without_figures(folder)
     drawn = {}
     for name, (make, caption) in FIGURES.items():
         figure = make(results) if results.tasks else None
@@ -75,6 +76,14 @@ def draw(results: Results, folder: Path) -> dict[str, str]:
             figure.savefig(folder / f"{name}.png", dpi=DPI)
             drawn[f"{folder.name}/{name}.png"] = caption
     return drawn
+
+
+def _without_figures(folder: Path) -> Path:
+    """The folder, made if it is not there, without an earlier report's figures; whatever else is in it stays."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in FIGURES:
+        (folder / f"{name}.png").unlink(missing_ok=True)
+    return folder
 
 
 def as_markdown(results: Results, drawn: dict[str, str]) -> str:
