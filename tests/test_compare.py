@@ -145,6 +145,15 @@ def test_the_better_candidate_on_the_validation_images_is_chosen(unbroken: tuple
     assert {one.planned.run.settings.get("every_n_steps", 1) for one in reported} == {1, 2}
 
 
+def test_candidates_are_told_apart_while_they_run() -> None:
+    described = tiny(sweeps=[])
+    choosing = sweep.names(list(described.choosing()))
+    assert list(choosing.values()) == [f"digits, 100 · input, weight {weight} · seed 0" for weight in (0.01, 0.1)]
+    task = described.tasks[0]
+    reporting = sweep.names(list(described.reporting(task, "param", described.candidates(task, "param")[0])))
+    assert list(reporting.values()) == ["digits, 100 · param · seed 1", "digits, 100 · param · seed 2"]
+
+
 def test_nothing_is_run_twice(unbroken: tuple[Path, list[sweep.Done]]) -> None:
     def refuse(missing: Iterable[runs.Run], started: engines.Started) -> Iterator[tuple[runs.Run, runs.Record]]:
         assert not list(missing)

@@ -64,19 +64,34 @@ def matching(grid: Grid, reported: Iterable[Done]) -> list[Planned]:
 
 def make_missing(planned: list[Planned], stage: str, records: Records, engine: Engine, display: Display) -> list[Done]:
     """Make the runs that have no record, each once however often it is planned."""
-    names = {one.run.key: f"{one.task} · {one.method} · seed {one.seed}" for one in planned}
+    called = names(planned)
     runs = {one.run.key: one.run for one in planned}
     missing = [run for run in runs.values() if records.get(run) is None]
     display.begin(stage, total=len(runs), done=len(runs) - len(missing))
 
     def started(run: Run) -> None:
-        display.started(names[run.key])
+        display.started(called[run.key])
 
     for run, record in engine(missing, started):
         records.put(run, record)
-        display.ended(names[run.key], record)
+        display.ended(called[run.key], record)
     made = {key: records.read(run) for key, run in runs.items()}
     return [Done(one, record) for one in planned if (record := made[one.run.key]) is not None]
+
+
+def names(planned: Iterable[Planned]) -> dict[str, str]:
+    """What each run is called while it is made: task, method and seed, and of candidates what tells them apart."""
+    alike: dict[tuple[str, str, int], dict[str, Run]] = {}
+    for one in planned:
+        alike.setdefault((one.task, one.method, one.seed), {})[one.run.key] = one.run
+    called = {}
+    for (task, method, seed), runs in alike.items():
+        flags = dict.fromkeys(name for run in runs.values() for name in run.settings)
+        varied = [name for name in flags if len({str(run.settings.get(name)) for run in runs.values()}) > 1]
+        for key, run in runs.items():
+            what = ", ".join([method, *(f"{name.replace('_', ' ')} {run.settings.get(name)}" for name in varied)])
+            called[key] = f"{task} · {what} · seed {seed}"
+    return called
 
 
 class Display:
