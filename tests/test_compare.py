@@ -304,6 +304,23 @@ def test_the_report_pairs_by_seed(unbroken: tuple[Path, list[sweep.Done]]) -> No
     assert float(cell.split(" ± ")[0]) == pytest.approx(sum(differences) / 2, abs=0.006)
 
 
+def test_the_best_baseline_is_sought_among_all_of_them() -> None:
+    methods = {"none": {}, "dropout": {"dropout": [0.1, 0.3]}, "weight decay": {"weight_decay": 0.1}}
+    described = tiny(methods={**methods, "SAM": {"sam_radius": 0.05}}, sweeps=[])
+    accuracy = {
+        ("dropout", 0): 0.90, ("weight decay", 1): 0.92, ("weight decay", 2): 0.94, ("SAM", 1): 0.98, ("SAM", 2): 0.80,
+    }  # fmt: skip
+    outcomes = [
+        results.Outcome(one, {"result": {"val_accuracy": accuracy.get((one.method, one.seed), 0.5)}, "history": []})
+        for one in described.every_run()
+    ]
+    (task,) = results.Results(described, outcomes).tasks
+    assert results.Results(described, outcomes).best_baseline(task) == "weight decay"  # by its mean over seeds
+    chosen = [one for one in outcomes if one.method in ("none", "dropout")]
+    assert results.Results(described, chosen).best_baseline(task) == "dropout"
+    assert results.Results(described, outcomes[2:4]).best_baseline(task) is None  # none alone
+
+
 def test_what_a_grid_lacks_is_not_measured(tmp_path: Path) -> None:
     done = make_all(tiny(methods={"none": {}}, sweeps=[], seeds=[1]), tmp_path / "runs")
     report.write_report(tmp_path, tiny(methods={"none": {}}, sweeps=[], seeds=[1]), done)
