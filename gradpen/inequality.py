@@ -59,8 +59,9 @@ def evaluate_inequality(
         method: "dense" (explicit Jacobians and their singular values), "krylov" (Lanczos, matrix-free) or "auto".
         delta: probability that any upper end of a Krylov bracket in the whole report fails.
         rtol: width of the Krylov brackets relative to their upper ends.
-        slack: compute ‖W_t J_t‖ also for ``norm="spectral"``, and from it the two factors of each layer's slack. These are
-            estimates: no bound rests on them, and each bracket of ‖W_t J_t‖ behind them fails with probability 1e-2.
+        slack: compute also the norms that `norm` does without, ‖W_t J_t‖ or else ‖W_t‖ and ‖J_t‖, and from them the two
+            factors of each layer's slack (with "frobenius" the second one alone). These are estimates: no bound rests on
+            them, and brackets of ‖W_t J_t‖ that are made for them alone fail with probability 1e-2 each.
         memory_budget: bytes that the norms may take beside the graph of the forward pass, for the vectors of an iteration
             or explicit Jacobians; samples are taken in parts that fit. (A prefix of the model that is no chain of dense
             layers and elementwise activations is iterated for all samples at once, whatever the budget.)

@@ -20,6 +20,9 @@ class ExcludedLayer(NamedTuple):
 class LayerTerms:
     r"""What one dense layer z = W h + b adds to both sides. Tensors are (B,) unless said otherwise.
 
+    With ``norm="joint"``, :math:`\|W J\|^2` stands in the place of :math:`\|W\|^2\|J\|^2` in the formulas, and ‖W‖ and ‖J‖
+    are spectral norms.
+
     Attributes:
         name: the layer's name in the model.
         weight_lhs: :math:`\|\nabla_x f\|^2 \|h\|^2 / (\|W\|^2\|J\|^2)`; None if W is frozen.
@@ -28,12 +31,14 @@ class LayerTerms:
         bias_rhs: :math:`\|\nabla_b f\|^2 = \|\delta\|^2`; None if b is frozen or absent.
         coefficient: :math:`(1+\|h\|^2)/(\|W\|^2\|J\|^2)` with the terms that count; 0 for a dead layer.
         input_sq_norm: :math:`\|h\|^2`.
-        weight_norm: ‖W‖ in the norm of the report, 0-dim; None where it was not computed (``norm="joint"``).
+        weight_norm: ‖W‖ in the norm of the report, 0-dim; None where it was not computed (``norm="joint"`` without slack).
         jacobian_norm: ‖J‖ in the norm of the report; None where it was not computed.
         jacobian_norm_upper: an upper end of ‖J‖ that holds with the stated probability.
         product_norm: ‖W J‖₂; None where it was not computed.
-        slack_product: ‖W‖‖J‖ / ‖W J‖ >= 1, what is lost by taking the norms apart; NaN for a dead layer.
-        slack_alignment: ‖W J‖‖δ‖ / ‖∇_x f‖ >= 1, what is lost since δ is no top singular vector; NaN where ∇_x f = 0.
+        slack_product: ‖W‖‖J‖ / ‖W J‖ >= 1, what is lost by taking the norms apart; NaN for a dead layer, None where it was
+            not computed, as with ``norm="frobenius"``.
+        slack_alignment: ‖W J‖‖δ‖ / ‖∇_x f‖ >= 1, what is lost since δ is no top singular vector; NaN where ∇_x f = 0, None
+            where it was not computed.
     """
 
     name: str
@@ -71,6 +76,8 @@ class InequalityReport:
     r"""Both sides of the inequality for every sample of one batch.
 
     .. math:: \|\nabla_x f\|^2 \sum_t \frac{1 + \|h_t\|^2}{\|W_t\|^2 \|J_t\|^2} \le \|\nabla_\theta f\|^2
+
+    With ``norm="joint"`` the denominator is :math:`\|W_t J_t\|^2`.
 
     Attributes:
         lhs: left side, (B,): from the most accurate norms.
@@ -138,12 +145,16 @@ class InequalityReport:
     def __str__(self) -> str:
         """A table: both sides, then one line for every layer (means over the samples)."""
         title = f"inequality of {self.lhs.numel()} samples, f = {self.of}, {self.norm} norms"
+        denominator = "‖W_t J_t‖²" if self.norm == "joint" else "(‖W_t‖²‖J_t‖²)"
+        sides: list[tuple[str, ...]] = [
+            (f"‖∇_x f‖² · Σ_t (1+‖h_t‖²)/{denominator}", f"{_mean(self.lhs)}  (mean over samples)"),
+            ("‖∇_θ f‖²", _mean(self.rhs)),
+            ("tightness", _spread(self.tightness)),
+        ]
         lines = [
             title,
             "-" * len(title),
-            f"‖∇_x f‖² · Σ_t (1+‖h_t‖²)/(‖W_t‖²‖J_t‖²)   {_mean(self.lhs)}  (mean over samples)",
-            f"‖∇_θ f‖²                                   {_mean(self.rhs)}",
-            f"tightness                                 {_spread(self.tightness)}",
+            *_table(sides),
             f"violations {self.violations}, undefined {self.undefined}, noise trace {_mean(self.noise_trace)}",
             "",
         ]

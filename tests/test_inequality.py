@@ -255,6 +255,19 @@ def test_the_report_reads_like_a_table():
         assert word in text
 
 
+@pytest.mark.parametrize(
+    ("norm", "denominator"),
+    [("spectral", "(‖W_t‖²‖J_t‖²)"), ("frobenius", "(‖W_t‖²‖J_t‖²)"), ("joint", "‖W_t J_t‖²")],
+)
+def test_the_table_names_the_left_side_that_it_shows(norm, denominator):
+    model, x, y, _ = cases.find("three_layers").problem()
+    left, right, tightness = str(evaluate_inequality(model, x, y, norm=norm)).splitlines()[2:5]
+    label, _, _ = left.partition("  ")
+    assert label == f"‖∇_x f‖² · Σ_t (1+‖h_t‖²)/{denominator}"
+    assert not {line[len(label) + 1] for line in (left, right, tightness)} - {" "}
+    assert " " not in {line[len(label) + 2] for line in (left, right, tightness)}  # one column of values
+
+
 def test_nothing_of_the_report_hangs_on_a_graph():
     model, x, y, _ = cases.find("custom_parameter").problem()
     report = evaluate_inequality(model, x, y)
