@@ -222,6 +222,15 @@ def test_the_table_of_runs_has_the_grid_s_methods(unbroken: tuple[Path, list[swe
     assert {row["penalty_method"] for row in rows} == {"exact"}
 
 
+def test_the_epochs_of_a_report_are_those_of_its_tasks() -> None:
+    described = tiny(
+        settings={**TINY["settings"], "epochs": 7}, tasks=[{"name": "few", "train_size": 100, "epochs": 2}]
+    )
+    facts = dict(report.facts(results.Results(described, [])).rows)
+    assert facts["epochs"] == "few: 2"
+    assert "7" not in facts["training"]
+
+
 def test_captions_say_where_step_0_stands(unbroken: tuple[Path, list[sweep.Done]]) -> None:
     text = (unbroken[0] / "report.md").read_text(encoding="utf-8")
     said = re.findall(r"\*Figure .*Step 0, before training, stands at 1/2\.\*", text)
