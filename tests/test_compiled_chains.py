@@ -69,6 +69,7 @@ class Products:
 PENALTIES: dict[str, Callable[[], list[GradPenalty]]] = {
     "input": lambda: [InputGradPenalty(0.3)],
     "param": lambda: [ParamGradPenalty(0.1, parameters=["*.weight"])],
+    "norms": lambda: [ParamGradPenalty(0.1, squared=False), InputGradPenalty(0.2, squared=False)],
     "norms_and_targets": lambda: [ParamGradPenalty(0.1, squared=False), InputGradPenalty(0.2, target=0.3)],
     "batch": lambda: [ParamGradPenalty(0.1, over="batch"), InputGradPenalty(0.2)],
     "difference": lambda: [ParamGradPenalty(0.1, over="batch", method="finite_difference", scheme="central")],
@@ -182,30 +183,35 @@ def test_a_module_of_its_own():
     assert_same_step(objective, OfScores().double(), x.view(BATCH, 2, 2), y)
 
 
-def change_smoothing(model: nn.Sequential, criterion: nn.CrossEntropyLoss) -> None:
-    criterion.label_smoothing = 0.3
+def change_smoothing(model: nn.Sequential, objective: PenalizedLoss) -> None:
+    objective.criterion.label_smoothing = 0.3
 
 
-def change_slope(model: nn.Sequential, criterion: nn.CrossEntropyLoss) -> None:
+def change_slope(model: nn.Sequential, objective: PenalizedLoss) -> None:
     model[1].negative_slope = 0.4
 
 
-def change_layer(model: nn.Sequential, criterion: nn.CrossEntropyLoss) -> None:
+def change_layer(model: nn.Sequential, objective: PenalizedLoss) -> None:
     model[1] = nn.Tanh()
 
 
-def freeze(model: nn.Sequential, criterion: nn.CrossEntropyLoss) -> None:
+def freeze(model: nn.Sequential, objective: PenalizedLoss) -> None:
     model[0].weight.requires_grad_(False)
 
 
-@pytest.mark.parametrize("change", [change_smoothing, change_slope, change_layer, freeze])
+def take_norms(model: nn.Sequential, objective: PenalizedLoss) -> None:
+    for penalty in objective.penalties:
+        penalty.squared = False
+
+
+@pytest.mark.parametrize("change", [change_smoothing, change_slope, change_layer, freeze, take_norms])
 def test_changes_are_noticed(change):
-    model, criterion, (x, y) = chain(nn.LeakyReLU), nn.CrossEntropyLoss(), batch_of()
-    objective = PenalizedLoss(criterion, ParamGradPenalty(0.1), InputGradPenalty(0.1))
+    model, (x, y) = chain(nn.LeakyReLU), batch_of()
+    objective = PenalizedLoss(nn.CrossEntropyLoss(), ParamGradPenalty(0.1), InputGradPenalty(0.1))
     step = compiled(objective)
     for _ in range(2):
         step(model, x, y)
-    change(model, criterion)
+    change(model, objective)
     torch.testing.assert_close(one_step(step, model, x, y), one_step(objective, model, x, y))
 
 
