@@ -66,6 +66,7 @@ class Known(NamedTuple):
     attributes: tuple[tuple[str, str], ...]  # (module, attribute) that a forward pass sets
     chain: tuple[Any, ...]  # a `traced_chain.ChainPlan`, if the model is a chain with formulas for all terms; else ()
     leaves: tuple[str, ...]  # the parameters of the chain
+    entry: int  # which of the calls is the first layer of the chain
     are_squared: tuple[bool, ...]  # for every term, whether the chain gives squared norms
 
 
@@ -106,17 +107,16 @@ def evaluate_terms(
             *tensors,
         )
     )
-    if known.chain:
-        criteria = [criterion for _, criterion in terms] + ([] if data is None else [data])
-        return _evaluate_chain(model, x, y, criteria, known, parameters, trace, create_graph=create_graph)
     forward = _record(
         model,
         x,
         input_grad=any(isinstance(term, InputTerm) for term, _ in terms),
-        calls=any(evaluation.needs_deltas(term) for term, _ in terms),
+        calls=bool(known.chain) or any(evaluation.needs_deltas(term) for term, _ in terms),
     )
     _check_one_trace(trace)
     _check_same_calls(forward, known, parameters)
+    if known.chain:
+        return _evaluate_chain(forward, y, terms, data, known, parameters, trace, create_graph=create_graph)
     found: dict[int, tuple[Tensor, gradients.SampleGradients]] = {}
     norms = []
     for index, (term, criterion) in enumerate(terms):
@@ -135,10 +135,10 @@ def evaluate_terms(
 
 
 def _evaluate_chain(
-    model: nn.Module,
-    x: Any,
+    forward: Recording,
     y: Any,
-    criteria: Sequence[Criterion],
+    terms: Sequence[tuple[Term, Criterion]],
+    data: Criterion | None,
     known: Known,
     parameters: Mapping[str, Tensor],
     trace: int,
@@ -146,14 +146,15 @@ def _evaluate_chain(
     create_graph: bool,
 ) -> Evaluation:
     """By formulas. Model and criteria are traced for the sake of the guards; what they compute, the compiler removes."""
-    forward = _record(model, x, input_grad=False, calls=True)
-    for criterion in criteria:
-        criterion.per_sample(forward.output, y)
-    _check_one_trace(trace)
-    _check_same_calls(forward, known, parameters)
     leaves = [parameters[name] for name in known.leaves]
-    output, *found = traced_chain.evaluate(known.chain, forward.calls[0].input, y, *leaves)
+    entry = forward.calls[known.entry].input.detach()
+    output, *found = traced_chain.evaluate(known.chain, entry, y, *leaves)
     values = found[: len(known.are_squared)]  # the data loss may follow
+    for criterion in [criterion for term, criterion in terms if term.method != "projection"]:
+        criterion.per_sample(forward.output, y)
+    if data is not None and len(found) > len(terms):  # else the objective calls it, and once is enough
+        data.per_sample(forward.output, y)
+    _check_one_trace(trace)
     norms = [
         GroupNorms(value if create_graph else value.detach(), are_squared=squared)
         for value, squared in zip(values, known.are_squared, strict=True)
@@ -531,6 +532,7 @@ def _known(
             attributes=attributes,
             chain=() if chain is None else tuple(chain),
             leaves=() if chain is None else tuple(chain.names),
+            entry=0 if chain is None else chain.calls[0],
             are_squared=() if chain is None else chain.are_squared,
         )
     )
@@ -549,7 +551,7 @@ def _chain_plan(
     chain = chain_terms.chain_of(forward)
     if chain is None:
         return None
-    return traced_chain.plan_of(chain, model, requests, data, target, create_graph=create_graph)
+    return traced_chain.plan_of(chain, model, forward.calls, requests, data, target, create_graph=create_graph)
 
 
 def _attributes_of(model: nn.Module) -> dict[tuple[str, str], Any]:

@@ -21,6 +21,7 @@ from gradpen import chain_terms
 from gradpen.chain_terms import Request
 from gradpen.criteria import Criterion
 from gradpen.dense_chain import KINDS, DenseChain, Elementwise
+from gradpen.recording import Call
 from gradpen.terms import InputTerm, ParamTerm, Term
 
 _TERMS: dict[str, type[Term]] = {"input": InputTerm, "param": ParamTerm}
@@ -46,6 +47,7 @@ class ChainPlan(NamedTuple):
     Attributes:
         weights: names of the W_t.
         biases: names of the b_t, None where there is none.
+        calls: which of the forward pass's layer calls they are; it may have others, that lead elsewhere.
         functions: what lies between the layers: key in `KINDS`, None for nothing, and its options.
         wanted: what is asked for, all of the f_i of one cross entropy or of random directions of the output.
         reduction: of the data loss, if that is the same cross entropy; else None.
@@ -54,6 +56,7 @@ class ChainPlan(NamedTuple):
 
     weights: tuple[str, ...]
     biases: tuple[str | None, ...]
+    calls: tuple[int, ...]
     functions: tuple[tuple[str | None, tuple[Any, ...]], ...]
     wanted: tuple[Wanted, ...]
     reduction: str | None
@@ -74,7 +77,12 @@ class ChainPlan(NamedTuple):
     def uses(self) -> tuple[tuple[str, tuple[tuple[int, str], ...]], ...]:
         """Name → the one call that uses it, and as what."""
         rows = (("weight", self.weights), ("bias", self.biases))
-        return tuple((name, ((t, role),)) for role, row in rows for t, name in enumerate(row) if name is not None)
+        return tuple(
+            (name, ((call, role),))
+            for role, row in rows
+            for call, name in zip(self.calls, row, strict=True)
+            if name is not None
+        )
 
     @property
     def are_squared(self) -> tuple[bool, ...]:
@@ -85,6 +93,7 @@ class ChainPlan(NamedTuple):
 def plan_of(
     chain: DenseChain,
     model: nn.Module,
+    calls: Sequence[Call],
     requests: Sequence[Request],
     data: Criterion | None,
     target: Any,
@@ -96,6 +105,7 @@ def plan_of(
     Args:
         chain: an eager forward pass of the model.
         model: whose parameters have names.
+        calls: its layer calls.
         requests: what is asked for; `chain_terms.have_formulas` of it.
         data: criterion of the data loss, if there is one.
         target: of the criteria.
@@ -107,18 +117,31 @@ def plan_of(
     if not all(scalar.is_cross_entropy_at(chain.output) for scalar in scalars):
         return None
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    if not all(id(leaf) in names for leaf in chain.leaves):
+    places = _places_of(chain, calls)
+    if places is None or not all(id(leaf) in names for leaf in chain.leaves):
         return None
     kinds = {id(kind): name for name, kind in KINDS.items()}
     functions = [(None if one.kind is None else kinds[id(one.kind)], one.options) for one in chain.between]
     return ChainPlan(
         weights=tuple(names[id(weight)] for weight in chain.weights),
         biases=tuple(None if bias is None else names[id(bias)] for bias in chain.biases),
+        calls=places,
         functions=tuple(functions),
         wanted=tuple(_wanted(request) for request in requests),
         reduction=None if data is None or not data.scalar(target).is_cross_entropy_at(chain.output) else data.reduction,
         first_order=create_graph and any(request.difference is not None for request in requests),
     )
+
+
+def _places_of(chain: DenseChain, calls: Sequence[Call]) -> tuple[int, ...] | None:
+    """Which of the calls each layer is; None if one is no call (`x @ w.t()`), or its weight is used by others, too."""
+    places = []
+    for weight, bias in zip(chain.weights, chain.biases, strict=True):
+        uses = [place for place, call in enumerate(calls) if call.weight is weight]
+        if len(uses) != 1 or calls[uses[0]].bias is not bias:
+            return None
+        places += uses
+    return tuple(places)
 
 
 def _wanted(request: Request) -> Wanted:

@@ -183,6 +183,59 @@ def test_a_module_of_its_own():
     assert_same_step(objective, OfScores().double(), x.view(BATCH, 2, 2), y)
 
 
+class WithAuxiliaryHead(nn.Module):
+    """Calls another layer besides, whose output leads elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head, self.last, self.seen = nn.Linear(4, 6), nn.Linear(4, 2), nn.Linear(6, 3), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = self.head(x + 1)
+        return self.last(self.first(x).tanh())
+
+
+class WithoutCalls(nn.Module):
+    """Writes its first layer as a product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6, bias=False), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last((x @ self.first.weight.t()).tanh())
+
+
+@pytest.mark.parametrize("build", [WithAuxiliaryHead, WithoutCalls])
+def test_layers_and_calls_need_not_be_the_same(build):
+    objective = PenalizedLoss(F.cross_entropy, InputGradPenalty(0.3), ParamGradPenalty(0.1))
+    assert_same_step(objective, build().double(), *batch_of())
+
+
+def test_a_frozen_head_besides():
+    model = WithAuxiliaryHead().double()
+    model.head.requires_grad_(False)
+    assert_same_step(PenalizedLoss(F.cross_entropy, InputGradPenalty(0.3)), model, *batch_of())
+
+
+def test_a_projection_needs_no_target():
+    penalty = InputGradPenalty(0.3, of="output", method="projection")
+    model, (x, _) = chain(widths=(4, 6, 1)), batch_of()  # of one output every projection is exact
+    torch.testing.assert_close(compiled(penalty)(model, x), penalty(model, x))
+
+
+def test_the_data_loss_is_called_once_and_as_it_is():
+    calls = []
+
+    def mean_alone(output: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+        calls.append(reduction)
+        return F.cross_entropy(output, target, label_smoothing=0.1)
+
+    objective = PenalizedLoss(mean_alone, InputGradPenalty(0.3, criterion=F.cross_entropy))
+    compiled(objective)(chain(), *batch_of())
+    assert calls == ["mean"]
+
+
 def change_smoothing(model: nn.Sequential, objective: PenalizedLoss) -> None:
     objective.criterion.label_smoothing = 0.3
 
