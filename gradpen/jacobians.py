@@ -126,12 +126,22 @@ class JacobianOperator:
 
 
 def gram_of(weight: Tensor) -> MatVec:
-    """u ↦ W Wᵀ u for rows u, by the cheaper way: W Wᵀ is formed once, when first needed, unless W is low."""
+    """u ↦ W Wᵀ u for rows u, by the cheaper way: W Wᵀ is formed once, when first needed, unless W is low.
+
+    Nor is it formed if its entries would underflow, which the products need not do.
+    """
     rows, columns = weight.shape
-    if rows > 2 * columns:
-        return lambda u: (u @ weight) @ weight.T
-    formed = functools.cache(lambda: weight @ weight.T)
-    return lambda u: u @ formed()
+
+    @functools.cache
+    def formed() -> Tensor | None:
+        product = weight @ weight.T
+        return product if bool(product.amax() >= torch.finfo(weight.dtype).tiny ** 0.5) else None
+
+    def gram(u: Tensor) -> Tensor:
+        product = None if rows > 2 * columns else formed()
+        return (u @ weight) @ weight.T if product is None else u @ product
+
+    return gram
 
 
 def _shared_jacobian(weight: Tensor, gram: MatVec, template: Tensor) -> JacobianOperator:

@@ -105,12 +105,15 @@ def lanczos_bracket(
     q = divide_or_zero(start, torch.linalg.vector_norm(start, dim=1, keepdim=True))
     before, beta, largest = torch.zeros_like(q), q.new_zeros(size), q.new_zeros(size)
     product = gram(q)
-    factors = unit = _factors_to_unit(product)
+    factors = within = _factors_to_unit(gram, q, product)
+    if factors is not None:
+        product = factors.times(gram, q)
     new: list[Tensor] = []  # α and β of the steps since the last look
     next_look = min(_FIRST_LOOK, max_steps)
     for step in range(1, max_steps + 1):
-        product = product if step == 1 else gram(q)
-        w, alpha, beta, largest = _lanczos_step(product if unit is None else product * unit, q, before, beta, largest)
+        if step > 1:
+            product = gram(q) if within is None else within.times(gram, q)
+        w, alpha, beta, largest = _lanczos_step(product, q, before, beta, largest)
         new += [alpha, beta]
         before, q = q, w
         if step < next_look:
@@ -134,7 +137,7 @@ def lanczos_bracket(
             present = present[~finished]
             q, before, beta, largest = (tensor[kept] for tensor in (q, before, beta, largest))
             gram = restrict(torch.from_numpy(present).to(q.device))
-            unit = None if unit is None else unit[kept]
+            within = None if within is None else _Factors(within.before[kept], within.after[kept])
         next_look = min(step + max(step // _LOOKS, 2), max_steps)
     recurrence = _Recurrence.of(coefficients[:, :step], eps, steps)
     ends = _ends_of_recurrence(recurrence, lowest, log_weight, rtol)
@@ -142,7 +145,7 @@ def lanczos_bracket(
     bracket = Bracket(*[torch.from_numpy(end).to(like) for end in ends])
     if factors is None:
         return bracket
-    root = widest_float(factors.squeeze(1)).sqrt()
+    root = factors.root()
     return Bracket(bracket.lower / root, bracket.upper / root)
 
 
@@ -158,23 +161,46 @@ def normal_start(shape: tuple[int, int], support: Tensor | None, like: Tensor, s
     return start if support is None else start * support
 
 
-def _factors_to_unit(product: Tensor) -> Tensor | None:
-    """Powers of two that bring rows whose squares would under- or overflow to about 1: (B, 1); None if there are none.
+class _Factors(NamedTuple):
+    """Powers of two, (B, 1) each, that keep products with A_b within the range of their type."""
+
+    before: Tensor  # what a vector is multiplied by
+    after: Tensor  # what the product is
+
+    def times(self, gram: MatVec, q: Tensor) -> Tensor:
+        """A_b q, times both factors."""
+        return gram(q * self.before) * self.after
+
+    def root(self) -> Tensor:
+        """What the singular values are multiplied by: (B,)."""
+        return widest_float(self.before.squeeze(1)).sqrt() * widest_float(self.after.squeeze(1)).sqrt()
+
+
+def _factors_to_unit(gram: MatVec, q: Tensor, product: Tensor) -> _Factors | None:
+    """Factors to about 1 for rows of products A_b q whose squares would under- or overflow; None if there are none.
+
+    A small row has perhaps underflowed itself, to 0 or to a few digits, though J_b has not: it is seen from a longer q.
 
     Raises:
         NotFiniteError: if the products themselves overflow.
     """
     largest, info = product.abs().amax(1, keepdim=True), torch.finfo(product.dtype)
-    far = ~(((largest >= info.tiny**0.25) & (largest <= info.max**0.25)) | (largest == 0))
+    low, high = info.tiny**0.25, info.max**0.25
+    small = (largest < low) & (q != 0).any(1, keepdim=True)
+    far = small | ~(largest <= high)
     if not bool(far.any()):
         return None
+    # σ^(−3/2) for A q of size σ²: between J and Jᵀ the vectors are as far above 1 as they are below it afterwards
+    exponents = (-0.75 * largest.log2()).round().clamp(max=math.floor(0.875 * math.log2(info.max)))
+    before = torch.where(small, torch.exp2(exponents), 1.0)
+    largest = gram(q * before).abs().amax(1, keepdim=True)
     if not bool(largest.isfinite().all()):
         raise NotFiniteError(
             f"expected products with Jacobians and weights within the range of {product.dtype}, which some exceed: evaluate "
             "a copy of the model in float64, or see whether the training has diverged"
         )
     exponents = -largest.log2().round().clamp(min=2 - math.log2(info.max))  # of subnormal numbers it would be too large
-    return torch.where(far, torch.exp2(exponents), 1.0)
+    return _Factors(before, torch.where(far, torch.exp2(exponents), 1.0))
 
 
 def _lanczos_step(

@@ -700,6 +700,22 @@ def test_layers_out_of_range():
     assert report.lhs.isinf().any() and report.holds.all()
 
 
+@pytest.mark.parametrize("norm", ["spectral", "joint"])
+@pytest.mark.parametrize("scale", [1.0, 1e-12, 1e-22])
+def test_small_jacobians_do_not_underflow_when_they_are_squared(scale, norm):
+    """Many sigmoids, or a small weight, in float32: ‖J‖ is far above the smallest number there, and ‖J‖² far below."""
+    torch.manual_seed(0)
+    depth = 24 if scale == 1 else 0
+    model = cases.mlp(6, *[20] * (depth + 2), 3, activation=nn.Sigmoid)
+    with torch.no_grad():
+        model[0].weight *= scale
+    x, y = torch.randn(4, 6), torch.randint(3, (4,))
+    krylov = evaluate_inequality(model, x, y, norm=norm, method="krylov")
+    exact = evaluate_inequality(copy.deepcopy(model).double(), x.double(), y, norm=norm, method="dense")
+    assert (exact.lhs > 0).all() and len(krylov.layers) == len(exact.layers)
+    assert (krylov.lhs_lower <= exact.lhs * (1 + 1e-3)).all() and (exact.lhs <= krylov.lhs_upper * (1 + 1e-3)).all()
+
+
 def scaled(model, factor):
     with torch.no_grad():
         for weight in (model[0].weight, model[2].weight, model[4].weight):

@@ -235,6 +235,26 @@ def test_samples_do_not_disturb_each_other():
     assert (bracket.width <= 0.05).all() and not bracket.upper.isnan().any()
 
 
+@pytest.mark.parametrize("size", [1e-12, 1e-20, 1e-28, 1e-35])
+def test_products_that_underflow_are_taken_from_longer_vectors(size):
+    """One sample's squares are below the smallest number of its type, another's operator is 0, the third is ordinary."""
+    sizes = torch.tensor([[size], [0.0], [1.0]])
+    values = SPECTRA["uniform"].float() * torch.ones_like(sizes)
+
+    def gram_of(sizes, values):
+        return lambda u: u * values * sizes * sizes * values  # as Jᵀ and J would, one after the other
+
+    bracket = lanczos_bracket(
+        gram_of(sizes, values),
+        torch.randn(3, N),
+        delta=1e-6,
+        restrict=lambda kept: gram_of(sizes[kept], values[kept]),
+    )
+    exact = sizes.squeeze(1).double() * SPECTRA["uniform"].max()
+    assert contains(bracket, exact, 1e-4) and (bracket.width <= 0.06).all()
+    assert bracket.upper[1] == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_many_steps_after_convergence_bring_no_ghosts(dtype):
     values = torch.cat([torch.tensor([100.0, 50.0]), torch.linspace(0, 1, 198)])
