@@ -225,7 +225,12 @@ def autograd_jacobian(output: Tensor, inputs: Sequence[Tensor]) -> JacobianOpera
 
     def gram(u: Tensor) -> Tensor:  # Jᵀ is linear in the probe, so its derivative there is J
         probe, images = probed()
-        return torch.autograd.grad(images, probe, vjp_parts(u), retain_graph=True)[0]
+        moved = [(image, part) for image, part in zip(images, vjp_parts(u), strict=True) if image.requires_grad]
+        product = None  # behind a step function Jᵀ is 0 whatever the probe
+        if moved:
+            ahead, back = zip(*moved, strict=True)
+            (product,) = torch.autograd.grad(ahead, probe, back, retain_graph=True, allow_unused=True)
+        return torch.zeros_like(u) if product is None else product
 
     columns = sum(tensor[0].numel() for tensor in inputs)
     return JacobianOperator(gram, vjp, output.detach(), columns, widest=max(columns, output.shape[1]))

@@ -591,6 +591,28 @@ def test_a_parametrised_weight_has_no_term_of_its_own(wrap):
     assert report.holds.all()
 
 
+class Stepped(nn.Module):
+    """A step function between a dense layer and what comes before: J = 0, and no derivative of J either."""
+
+    def __init__(self, before: nn.Module | None, width: int) -> None:
+        super().__init__()
+        self.before, self.head = before or nn.Identity(), nn.Linear(width, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.before(x).flatten(1).round())
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("method", ["auto", "krylov"])
+@pytest.mark.parametrize("before", [None, lambda: nn.Conv1d(2, 4, 3)])
+def test_a_step_function_has_a_jacobian_of_zero(before, method, norm):
+    model = Stepped(before and before(), 20).double()
+    x, y = torch.randn(4, 2, 7 if before else 10, dtype=torch.float64), torch.randint(3, (4,))
+    report = evaluate_inequality(model, x, y, norm=norm, method=method)
+    assert [layer.name for layer in report.layers] == ["head"] and report.holds.all()
+    assert (report.lhs == 0).all() and (report.lhs_lower == 0).all() and (report.rhs > 0).all()
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_dropout_in_training_mode_holds_for_its_mask(seed):
     torch.manual_seed(seed)
