@@ -84,7 +84,7 @@ def both_sides(
         f = scalar(output)
         walk = walk_graph(f)
         found = gradients.sample_gradients(f.sum(), recording, inputs=True, deltas=True, create_graph=False)
-        mixed = mixing.find_mixed_calls(model, f, scalar, recording, found, walk)
+        mixed |= mixing.find_mixed_calls(model, f, scalar, recording, found, walk)  # an output of 0 does not show any
         input_gradients.append(torch.cat([gradient.reshape(batch_size, -1) for gradient in found.inputs], 1))
         deltas.append(found.deltas)
         input_sq_norm = input_sq_norm + scale**2 * row_sq_norm(widest_float(input_gradients[-1]))

@@ -591,6 +591,30 @@ def test_a_parametrised_weight_has_no_term_of_its_own(wrap):
     assert report.holds.all()
 
 
+class Turned(nn.Module):
+    """A layer that sees the samples in another order, an output that is 0, and a layer that is always off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.turned, self.head = nn.Linear(5, 20), nn.Linear(20, 20), nn.Linear(20, 3)
+        self.off = nn.Linear(5, 3)
+        nn.init.zeros_(self.head.weight[-1:].detach())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.turned(self.stem(x).relu().flip(0)).flip(0).relu()
+        return self.head(h) + 0 * self.off(x)
+
+
+def test_rows_in_another_order_are_seen_though_the_last_output_is_zero():
+    model, x = Turned().double(), torch.randn(4, 5, dtype=torch.float64)
+    x[1] *= 20
+    report = evaluate_inequality(model, x, of="output")
+    assert [layer.name for layer in report.layers] == ["stem", "head"]
+    reasons = {entry.name: entry.reason for entry in report.excluded}
+    assert reasons["turned"] == "its rows are not one for every sample"
+    assert report.holds.all() and (report.tightness <= 1).all()
+
+
 class Stepped(nn.Module):
     """A step function between a dense layer and what comes before: J = 0, and no derivative of J either."""
 
