@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gradpen import closed_form, gradients, mixing, param_norms
+from gradpen import _checks, closed_form, gradients, mixing, param_norms
 from gradpen._graph import differentiate, walk_graph
 from gradpen._numerics import divide_or_zero, row_sq_norm, total_sq_norm, widest_float
 from gradpen.criteria import as_criterion, scalar_per_sample
@@ -44,6 +44,7 @@ def output_cotangents(
     if not isinstance(output, Tensor) or output.dim() == 0:
         raise TypeError(f"expected the model to return one tensor of shape (B, …), got {type(output).__name__}")
     if of == "output":
+        _checks.check_not_empty(output)
         outputs = output[0].numel()
         ones = widest_float(output.detach().new_ones(output.shape[0]))
         basis = torch.eye(outputs, dtype=output.dtype, device=output.device).reshape(outputs, 1, *output.shape[1:])

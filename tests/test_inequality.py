@@ -615,6 +615,13 @@ def test_rows_in_another_order_are_seen_though_the_last_output_is_zero():
     assert report.holds.all() and (report.tightness <= 1).all()
 
 
+@pytest.mark.parametrize("of", ["loss", "output", margin])
+def test_an_empty_batch_is_refused(of):
+    model, x, y, _ = cases.find("relu").problem()
+    with pytest.raises(ValueError, match="expected at least one sample"):
+        evaluate_inequality(model, x[:0], y[:0], of=of)
+
+
 class Stepped(nn.Module):
     """A step function between a dense layer and what comes before: J = 0, and no derivative of J either."""
 
