@@ -39,6 +39,9 @@ def layers_in_sum(
     """The dense layers that cut the graph between x and f, and the reason for every other parameter's absence.
 
     Every layer of a chain that leads from x to the output cuts it; of all others it is found out.
+
+    Raises:
+        ValueError: if one of them computes in half precision.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     walk = walk_graph(recording.output)
@@ -54,6 +57,8 @@ def layers_in_sum(
         for index, reason in reasons.items()
         if reason is None and id(recording.calls[index].weight) not in in_chain
     ]
+    for index in candidates:
+        _check_precision(recording.calls[index], sides.deltas[0][index].dtype, names)
     if not _cut_graph(candidates, recording, sides):
         for index in candidates:
             if not _cut_graph([index], recording, sides):
@@ -125,6 +130,21 @@ def _depends_on(tensor: Tensor, inputs: Sequence[Tensor]) -> bool:
         return True
     walk = walk_graph(tensor)
     return any(id(one) in walk.leaves or one.grad_fn in walk.nodes for one in inputs)
+
+
+def _check_precision(call: Call, dtype: torch.dtype, names: Mapping[int, str]) -> None:
+    """Autocast within the model, which nobody can switch off from outside, computes a layer in half precision.
+
+    Raises:
+        ValueError: if it does.
+    """
+    assert call.weight is not None
+    if dtype != call.weight.dtype:
+        raise ValueError(
+            f"expected the layer of {names[id(call.weight)]!r} to compute in {call.weight.dtype}, as its weight is, but its "
+            f"output is {dtype}: norms in a denominator need the precision. Does the model's forward switch autocast on? "
+            "Let it take an argument that leaves it off"
+        )
 
 
 def _cut_graph(indices: Sequence[int], recording: Recording, sides: Sides) -> bool:

@@ -71,7 +71,8 @@ def evaluate_inequality(
 
     Raises:
         TypeError: if there is no floating-point input, or the model does not return one tensor.
-        ValueError: on an unknown option, a parameter type other than float32 and float64, a frozen model, or NaN.
+        ValueError: on an unknown option, a parameter type other than float32 and float64, autocast within the model, a
+            frozen model, or NaN.
         RuntimeError: if a BatchNorm layer in training mode (named) or anything else mixes the samples.
 
     Example:

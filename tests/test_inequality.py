@@ -622,6 +622,28 @@ def test_an_empty_batch_is_refused(of):
         evaluate_inequality(model, x[:0], y[:0], of=of)
 
 
+class WithAutocast(nn.Module):
+    """A model that switches autocast on by itself, for all layers or for the first one."""
+
+    def __init__(self, whole: bool) -> None:
+        super().__init__()
+        self.first, self.head, self.whole = nn.Linear(5, 20), nn.Linear(20, 3), whole
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            h = self.first(x).relu()
+            if self.whole:
+                return self.head(h)
+        return self.head(h.float())
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_autocast_within_the_model_is_refused(whole):
+    model, x, y = WithAutocast(whole), torch.randn(4, 5), torch.randint(3, (4,))
+    with pytest.raises(ValueError, match=r"'first.weight' to compute in torch.float32.*bfloat16.*autocast"):
+        evaluate_inequality(model, x, y)
+
+
 class Stepped(nn.Module):
     """A step function between a dense layer and what comes before: J = 0, and no derivative of J either."""
 
