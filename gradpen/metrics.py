@@ -27,6 +27,7 @@ from gradpen.terms import InputTerm
 __all__ = ["GeneralizationGap", "GeometricComplexity", "InequalityTightness", "ParamGradSqNorm"]
 
 SPLITS = ("train", "held_out")
+_APART = "apart"  # name of a state that says nothing
 
 
 class _SampleMean(Metric):
@@ -41,10 +42,12 @@ class _SampleMean(Metric):
 
     def __init__(self, quantity: str, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        # a name of its own: a MetricCollection takes metrics for one whose states have the same names and values
         self._sum_name = f"sum_{quantity}"
         self.add_state(self._sum_name, torch.zeros(()), dist_reduce_fx="sum")
         self.add_state("num_samples", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+        # A MetricCollection takes metrics for one, for good, whose states agree after the first batch, such as those of two
+        # norms on a network that starts from a head of zeros; NaN equals nothing
+        self.add_state(_APART, torch.tensor(torch.nan), dist_reduce_fx="sum")
 
     def compute(self) -> Tensor:
         """Mean over the samples seen so far; NaN if there is none."""
@@ -53,6 +56,11 @@ class _SampleMean(Metric):
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Plot one value or a list of them."""
         return self._plot(val, ax)
+
+    def persistent(self, mode: bool = False) -> None:
+        """Whether what was seen is part of ``state_dict``."""
+        super().persistent(mode)
+        self._persistent[_APART] = False
 
     def set_dtype(self, dst_type: str | torch.dtype) -> Metric:
         """Convert the states; a criterion's weights keep the type of the models that it goes with."""

@@ -209,6 +209,29 @@ def test_metrics_that_agree_on_the_first_batch_are_not_taken_for_one():
     torch.testing.assert_close(values["InequalityTightness"], expected_tightness().mean() / 2, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("kind", ["norms", "criteria"])
+def test_metrics_of_one_class_that_agree_on_the_first_batch_are_not_taken_for_one(kind):
+    first, makes = nn.Linear(4, 3).double(), {"spectral": InequalityTightness}
+    if kind == "norms":
+        nn.init.zeros_(first.weight)  # no input gradient: they are all 0
+        makes |= {norm: lambda norm=norm: InequalityTightness(norm=norm) for norm in ("joint", "frobenius")}
+    else:
+        weights = torch.tensor([1.0, 1.0, 5.0], dtype=torch.float64)
+        makes = {"plain": ParamGradSqNorm, "weighted": lambda: ParamGradSqNorm(nn.CrossEntropyLoss(weights))}
+    collection = MetricCollection({name: make_one() for name, make_one in makes.items()})
+    alone = {name: make_one() for name, make_one in makes.items()}
+    for model, y in ((first, Y % 2), (MODEL, Y)):
+        collection.update(model, X, y)
+        for metric in alone.values():
+            metric.update(model, X, y)
+    values = {name: metric.compute() for name, metric in alone.items()}
+    assert len({float(value) for value in values.values()}) == len(values)
+    for name, value in collection.compute().items():
+        torch.testing.assert_close(value, values[name])
+    metric.persistent(True)
+    assert len(metric.state_dict()) - len(metric.criterion.state_dict() if kind == "criteria" else {}) == 2
+
+
 # --- the gap between two splits -----------------------------------------------------------------------------------------
 
 TRAIN = (torch.tensor([0, 1, 1, 2]), torch.tensor([0, 1, 1, 1]))
