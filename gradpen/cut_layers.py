@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -63,10 +64,9 @@ def layers_in_sum(
         for index in candidates:
             if not _cut_graph([index], recording, sides):
                 reasons[index] = "part of x's influence on f goes around it: ∇_x f is not (W J)ᵀ δ"
+    layer_names = _layer_names(recording, list(reasons), names)
     for index, reason in reasons.items():
-        call = recording.calls[index]
-        owner = next((names[id(p)] for p in (call.weight, call.bias) if p is not None and id(p) in names), None)
-        name = f"{call.op} call {index}" if owner is None else owner.rpartition(".")[0] or owner
+        call, name = recording.calls[index], layer_names[index]
         if reason is not None:
             excluded.setdefault(name, reason)
             continue
@@ -94,6 +94,19 @@ def layers_in_sum(
             used = walk.leaf_edges[id(parameter)] > 0
             excluded[name] = "it is no weight or bias of a dense layer" if used else "the output does not depend on it"
     return layers, [ExcludedLayer(name, reason) for name, reason in excluded.items()]
+
+
+def _layer_names(recording: Recording, indices: Sequence[int], names: Mapping[int, str]) -> dict[int, str]:
+    """Call → name of the module that has its weight, or of the weight itself if the module has weights of several layers."""
+    owners = {}
+    for index in indices:
+        known = [names[id(p)] for p in recording.calls[index][2:4] if p is not None and id(p) in names]
+        owners[index] = known[0] if known else f"{recording.calls[index].op} call {index}"
+    modules = Counter(owner.rpartition(".")[0] for owner in set(owners.values()))
+    return {
+        index: owner if modules[owner.rpartition(".")[0]] > 1 else owner.rpartition(".")[0] or owner
+        for index, owner in owners.items()
+    }
 
 
 def _reason_to_exclude(

@@ -622,6 +622,24 @@ def test_an_empty_batch_is_refused(of):
         evaluate_inequality(model, x[:0], y[:0], of=of)
 
 
+class TwoWeights(nn.Module):
+    """One module, two dense layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.randn(3, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(F.linear(x, self.up).tanh(), self.down)
+
+
+@pytest.mark.parametrize("inner", [True, False])
+def test_layers_of_one_module_have_names_of_their_own(inner):
+    prefix, model = ("0.", nn.Sequential(TwoWeights(), nn.Linear(3, 3))) if inner else ("", TwoWeights())
+    report = evaluate_inequality(model, torch.randn(5, 4), torch.zeros(5, dtype=torch.long))
+    assert [layer.name for layer in report.layers] == [f"{prefix}up", f"{prefix}down", *["1"] * inner]
+
+
 class WithAutocast(nn.Module):
     """A model that switches autocast on by itself, for all layers or for the first one."""
 
