@@ -37,17 +37,26 @@ def plot_report(report: InequalityReport, title: str | None = None) -> Figure:
     """
     figure, (samples, layers) = _figure(2, title)
     lhs, rhs = report.lhs.cpu(), report.rhs.cpu()
-    positive = (lhs > 0) & (rhs > 0)
+    positive = (lhs > 0) & (rhs > 0) & lhs.isfinite() & rhs.isfinite()  # a log axis has no other places
     samples.scatter(rhs[positive], lhs[positive], s=12, alpha=0.7, color="C0", label="one sample")
     if positive.any():
         ends = [float(min(lhs[positive].min(), rhs[positive].min())), float(rhs[positive].max())]
         samples.plot(ends, ends, color="0.4", linewidth=1, linestyle="--", label="equality")
         samples.set(xscale="log", yscale="log")
         samples.legend(frameon=False)
+    hidden = int((~positive).sum())
+    if hidden:
+        note = f"{hidden} of {len(lhs)} samples not shown:\na side is 0 or overflowed"
+        samples.text(
+            0.98, 0.02, note, transform=samples.transAxes, ha="right", va="bottom", color="0.4", fontsize="small"
+        )
     samples.set(xlabel=_RHS, ylabel=_LHS, title=f"{report.norm} norms, f = {report.of}")
     spread = [layer.tightness[~layer.tightness.isnan()].cpu().numpy() for layer in report.layers]
     if spread:
-        layers.boxplot(spread, tick_labels=[layer.name for layer in report.layers], showfliers=False)
+        names = [layer.name for layer in report.layers]
+        layers.boxplot(spread, tick_labels=names, showfliers=False)
+        if sum(map(len, names)) > _LABEL_ROOM:
+            layers.tick_params(axis="x", rotation=90, labelsize="small")
     layers.set(ylim=(0, 1), xlabel="layer", ylabel="tightness (left / right)", title="by layer")
     return figure
 
@@ -104,6 +113,7 @@ def plot_history(history: Sequence[Row], title: str | None = None) -> Figure:
     return figure
 
 
+_LABEL_ROOM = 40  # characters that have room side by side under one panel
 _MOST_NAMES = 10  # layers that a legend names one by one
 _FEW_CHECKS = 40  # so many are marked: a line between them is no more than a guide, and a single one has none
 

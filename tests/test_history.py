@@ -11,7 +11,7 @@ from torch import nn
 
 from gradpen import evaluate_inequality
 from gradpen.history import flat_metrics, report_rows
-from gradpen.plotting import plot_history
+from gradpen.plotting import plot_history, plot_report
 
 
 def batch_of(size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,3 +41,34 @@ def test_a_layer_may_be_called_as_the_whole_is():
     assert [row["layer"] for row in rows] == ["all", "first", "layer all"]
     assert flat_metrics(rows)["bound/tightness"] == pytest.approx(float(report.tightness.mean()))
     plot_history(rows)
+
+
+def test_samples_that_a_log_axis_cannot_show_are_counted():
+    model = cases.mlp(4, 6, 3, bias=False)
+    x, y = batch_of(5)
+    shown = plot_report(evaluate_inequality(model, x, y)).axes[0]
+    x[1] = 0
+    partly = plot_report(evaluate_inequality(model, x, y)).axes[0]
+    nn.init.zeros_(model[2].weight)
+    empty = plot_report(evaluate_inequality(model, x, y)).axes[0]
+    assert [text.get_text()[:21] for axes in (shown, partly, empty) for text in axes.texts] == [
+        "1 of 5 samples not sh",
+        "5 of 5 samples not sh",
+    ]
+
+
+def test_what_overflows_is_left_out_of_the_figure():
+    model = cases.mlp(4, 1).double()
+    report = evaluate_inequality(model, 1e160 * torch.randn(5, 4, dtype=torch.float64), of="output")
+    assert report.rhs.isinf().all()
+    figure = plot_report(report)
+    figure.canvas.draw()
+    assert "5 of 5" in figure.axes[0].texts[0].get_text()
+
+
+@pytest.mark.parametrize("depth", [2, 14])
+def test_many_names_of_layers_stand_upright(depth):
+    model = nn.Sequential(*[module for _ in range(depth) for module in (nn.Linear(4, 4), nn.Tanh())])
+    report = evaluate_inequality(nn.Sequential(OrderedDict(encoder=model)), *batch_of(5))
+    labels = plot_report(report).axes[1].get_xticklabels()
+    assert {label.get_rotation() for label in labels} == {90 if depth == 14 else 0}
