@@ -85,7 +85,7 @@ def jobs() -> list[Job]:
             (
                 _straight(lambda work: straight_line.input_step(work, INPUT_WEIGHT)),
                 *_written_out(lambda: partial(written_out.penalised, input_weight=INPUT_WEIGHT)),
-                *_objective(lambda: [InputGradPenalty(INPUT_WEIGHT)]),
+                *_objectives(lambda: [InputGradPenalty(INPUT_WEIGHT)]),
                 Contender("added to a loss, two forward passes", "gradpen", _added_input_penalty),
                 _peer("double backprop by hand", lambda w: peers.double_backprop_input_step(w, INPUT_WEIGHT)),
             ),
@@ -99,7 +99,7 @@ def jobs() -> list[Job]:
             (
                 _straight(lambda work: straight_line.param_step(work, PARAM_WEIGHT)),
                 *_written_out(lambda: partial(written_out.penalised, param_weight=PARAM_WEIGHT)),
-                *_objective(lambda: [ParamGradPenalty(PARAM_WEIGHT)]),
+                *_objectives(lambda: [ParamGradPenalty(PARAM_WEIGHT)]),
                 Contender("BackPACK, create_graph", "peer", _backpack_param_step),
                 Contender("Opacus", "peer", _opacus_param_step),
                 _peer("vmap(grad)", lambda work: peers.vmap_param_step(work, PARAM_WEIGHT)),
@@ -116,7 +116,7 @@ def jobs() -> list[Job]:
                 *_written_out(
                     lambda: partial(written_out.penalised, input_weight=INPUT_WEIGHT, param_weight=PARAM_WEIGHT)
                 ),
-                *_objective(lambda: [InputGradPenalty(INPUT_WEIGHT), ParamGradPenalty(PARAM_WEIGHT)]),
+                _objective(lambda: [InputGradPenalty(INPUT_WEIGHT), ParamGradPenalty(PARAM_WEIGHT)]),
             ),
         ),
         Job(
@@ -132,7 +132,7 @@ def jobs() -> list[Job]:
                     "straight line",
                     lambda work: lambda: straight_line.batch_step(work, BATCH_WEIGHT, between_samples=True),
                 ),
-                *_objective(lambda: [ParamGradPenalty(BATCH_WEIGHT, over="batch")]),
+                _objective(lambda: [ParamGradPenalty(BATCH_WEIGHT, over="batch")]),
                 _peer("double backprop by hand", lambda w: peers.double_backprop_batch_step(w, BATCH_WEIGHT)),
             ),
         ),
@@ -144,7 +144,7 @@ def jobs() -> list[Job]:
             True,
             (
                 _straight(lambda work: straight_line.difference_step(work, RADIUS, RADIUS)),
-                *_objective(lambda: [_sam_penalty()]),
+                _objective(lambda: [_sam_penalty()]),
                 _peer("SAM by hand", lambda work: peers.sam_step(work, RADIUS)),
             ),
         ),
@@ -201,7 +201,7 @@ def jobs() -> list[Job]:
             (
                 _lazy(_straight(lambda work: straight_line.input_step(work, EVERY * INPUT_WEIGHT))),
                 *map(_lazy, _written_out(lambda: partial(written_out.penalised, input_weight=EVERY * INPUT_WEIGHT))),
-                *_objective(lambda: [InputGradPenalty(INPUT_WEIGHT, every_n_steps=EVERY)]),
+                *_objectives(lambda: [InputGradPenalty(INPUT_WEIGHT, every_n_steps=EVERY)]),
             ),
         ),
     ]
@@ -273,7 +273,11 @@ def _peer(name: str, step: Callable[[Workload], Tensor]) -> Contender:
     return Contender(name, "peer", lambda work: lambda: step(work))
 
 
-def _objective(penalties: Callable[[], list[GradPenalty]]) -> tuple[Contender, Contender]:
+def _objective(penalties: Callable[[], list[GradPenalty]]) -> Contender:
+    return Contender("PenalizedLoss", "gradpen", lambda work: objective_step(work, penalties()))
+
+
+def _objectives(penalties: Callable[[], list[GradPenalty]]) -> tuple[Contender, Contender]:
     return _both_modes(lambda work, step_of: step_of(work, penalties()))
 
 

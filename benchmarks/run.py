@@ -48,7 +48,7 @@ class Size:
     seconds: float  # per row
 
 
-FULL = Size((512, 512), 128, 60, 12.0)
+FULL = Size((512, 512), 128, 60, 10.0)
 QUICK = Size((64, 64), 32, 5, 2.0)
 
 
