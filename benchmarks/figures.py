@@ -15,7 +15,12 @@ FAMILIES = {
     "power iteration": "power iteration by autograd",
     "explicit": "explicit Jacobians",
 }
-STYLE = {"gradpen": ("C0", "o"), "straight line": ("C2", "s"), "peer": ("C7", "^")}
+STYLE = {  # whom a point stands for → label, color, marker, and what the marker is filled with
+    "gradpen": ("gradpen", "C0", "o", "C0"),
+    "compiled": ("gradpen, compiled", "C0", "o", "white"),
+    "straight line": ("written out by hand", "C2", "s", "C2"),
+    "peer": ("best peer", "C7", "^", "C7"),
+}
 
 
 def draw_ratios(results: Results) -> Figure:
@@ -28,19 +33,19 @@ def draw_ratios(results: Results) -> Figure:
     axes.barh(places, [row["floor"] for row in rows], color="0.88", label="floor: multiplications alone")
     for place, row in zip(places, rows, strict=True):
         axes.plot([row["target"]] * 2, [place - 0.4, place + 0.4], color="C3", label="target" if place == 0 else None)
-    for who, (color, marker) in STYLE.items():
+    for who, (label, color, marker, filling) in STYLE.items():
         points = [(place, entry) for place, row in zip(places, rows, strict=True) for entry in _first(row, who)]
         ratios = [entry["ratio"] for _, entry in points]
         spread = [
             [entry["ratio"] - entry["quartiles"][0] for _, entry in points],
             [entry["quartiles"][1] - entry["ratio"] for _, entry in points],
         ]
-        label = {"gradpen": "gradpen", "straight line": "written out by hand", "peer": "best peer"}[who]
-        axes.errorbar(ratios, [place for place, _ in points], xerr=spread, fmt=marker, color=color, label=label)
+        at = [place for place, _ in points]
+        axes.errorbar(ratios, at, xerr=spread, fmt=marker, color=color, markerfacecolor=filling, label=label)
     axes.set_yticks(places, [row["title"] for row in rows])
     axes.invert_yaxis()
     axes.set_xlabel("plain steps (median and quartiles)")
-    figure.legend(loc="outside lower center", ncols=5, fontsize="small")
+    figure.legend(loc="outside lower center", ncols=3, fontsize="small")
     return figure
 
 
@@ -73,6 +78,9 @@ def _measured(row: Results) -> bool:
 
 
 def _first(row: Results, who: str) -> list[Results]:
-    """The entry that stands for `who`: gradpen's first, of all others the cheapest."""
-    entries = [entry for entry in row["entries"] if entry["who"] == who and "ratio" in entry]
+    """The entry that stands for `who`: gradpen's first, and its compiled one; of all others the cheapest."""
+    measured = [entry for entry in row["entries"] if "ratio" in entry]
+    if who == "compiled":
+        return [entry for entry in measured if entry["who"] == "gradpen" and entry["name"].endswith(", compiled")]
+    entries = [entry for entry in measured if entry["who"] == who]
     return entries[:1] if who == "gradpen" else sorted(entries, key=lambda entry: entry["ratio"])[:1]

@@ -312,7 +312,7 @@ def test_figures_are_drawn_of_whoever_was_measured(missing):
                 entry.pop("ratio", None)
     (axes,) = figures.draw_ratios(results).axes
     shown = [collection for collection in axes.collections if collection.get_segments()]
-    assert len(shown) == (3 if missing is None else 2)
+    assert len(shown) == (4 if missing is None else 3)
     titles = [label.get_text() for label in axes.get_yticklabels()]
     assert titles == [job.title for job in JOBS]
     assert [axes.get_title() for axes in figures.draw_spectral(results).axes] == list(results["spectral"])
