@@ -100,8 +100,9 @@ def _layer_names(recording: Recording, indices: Sequence[int], names: Mapping[in
     """Call → name of the module that has its weight, or of the weight itself if the module has weights of several layers."""
     owners = {}
     for index in indices:
-        known = [names[id(p)] for p in recording.calls[index][2:4] if p is not None and id(p) in names]
-        owners[index] = known[0] if known else f"{recording.calls[index].op} call {index}"
+        call = recording.calls[index]
+        known = [names[id(p)] for p in (call.weight, call.bias) if p is not None and id(p) in names]
+        owners[index] = known[0] if known else f"{call.op} call {index}"
     modules = Counter(owner.rpartition(".")[0] for owner in set(owners.values()))
     return {
         index: owner if modules[owner.rpartition(".")[0]] > 1 else owner.rpartition(".")[0] or owner

@@ -144,9 +144,14 @@ def test_number_of_products(name):
         out = objective(model, x, y)
         return out.loss, out.penalties
 
-    loss, _ = compiled(loss_of, products.backend)(*batch_of())
+    x, y = batch_of()
+    loss, _ = compiled(loss_of, products.backend)(x, y)
     loss.backward()
     assert products.count() == PRODUCTS[name]
+    found = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    objective(model, x, y).loss.backward()
+    torch.testing.assert_close(found, [parameter.grad for parameter in model.parameters()])
 
 
 def test_no_masks_are_saved():

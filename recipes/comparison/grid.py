@@ -184,8 +184,10 @@ class Grid:
             swept.add((planned.question, planned.run.key))
             case = replace(planned.run, settings={**planned.run.settings, "seed": 0}).key
             if cases.setdefault((planned.question, planned.method), case) != case:
-                raise UserError(f"{where}: another sweep of question {planned.question} has a case of this name with other "
-                                "settings, write what differs into vary or cases")  # fmt: skip
+                raise UserError(
+                    f"{where}: another sweep of question {planned.question} has a case of this name with other settings, "
+                    "write what differs into vary or cases"
+                )
 
     def every_run(self, records: Records | None = None) -> Iterator[Planned]:
         """All runs but those of matched compute, with what the records choose so far, or the first candidate."""

@@ -21,14 +21,8 @@ from comparison.results import Outcome, Results, write_csv
 from comparison.runs import PLACES
 from comparison.sweep import Done
 
-NOT_TRAINING = (
-    "recipe",
-    "dataset",
-    "dataset_name",
-    "epochs",
-    "checks",
-    "probe_size",
-)  # of the settings: said elsewhere
+# of the settings: said elsewhere
+NOT_TRAINING = ("recipe", "dataset", "dataset_name", "epochs", "checks", "probe_size")
 TEMPLATES = Path(__file__).parent / "templates"
 DPI = 150
 
