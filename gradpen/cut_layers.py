@@ -190,6 +190,11 @@ def _cut_graph(indices: Sequence[int], recording: Recording, sides: Sides) -> bo
     return True
 
 
+def cotangents_of_input(layer: CutLayer, sides: Sides) -> list[Tensor]:
+    """W_tᵀ δ_t, what ∇_x f is J_tᵀ times of: (B, n) for every direction."""
+    return [deltas[layer.index] @ layer.weight for deltas in sides.deltas]
+
+
 def _weight_of(call: Call) -> Tensor:
     assert call.weight is not None
     return call.weight.detach()

@@ -25,6 +25,11 @@ class SampleGradients(NamedTuple):
     inputs: list[Tensor]  # ∇_x f_i for every floating-point input, shaped like it; [] if not asked for
     deltas: dict[int, Tensor]  # index of the call → ∂f_i/∂output, for every call that f depends on
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        return [*self.inputs, *self.deltas.values()]
+
 
 def sample_gradients(
     total: Tensor, recording: Recording, *, inputs: bool, deltas: bool, create_graph: bool = True

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from gradpen import _checks
 from gradpen._checks import NotFiniteError as NotFiniteError
-from gradpen._numerics import divide_or_zero, row_sq_norm, widest_float
+from gradpen._numerics import divide_or_zero, rounding_tolerance, row_sq_norm, widest_float
 from gradpen.chain_terms import chain_of
-from gradpen.cut_layers import CutLayer, layers_in_sum
+from gradpen.cut_layers import CutLayer, cotangents_of_input, layers_in_sum
 from gradpen.dense_chain import DenseChain
 from gradpen.isolation import outside_inference, untouched
+from gradpen.jacobians import is_rounding
 from gradpen.layer_norms import METHODS, NORMS, LayerNorms, NormSettings, jacobian_operators, layer_norms
 from gradpen.recording import Recording, RngState, record_forward
 from gradpen.report import ExcludedLayer, InequalityReport, LayerTerms, ratio_or_nan
@@ -128,10 +129,22 @@ def _report(
     settings: NormSettings,
     name: str,
 ) -> InequalityReport:
-    """With layers and Jacobians as a chain tells them, or, without one, as they are found out."""
+    """With layers and Jacobians as a chain tells them, or, without one, as they are found out.
+
+    Where Jacobians are found out and the left side is too large, a layer counts 0 for samples whose products with them are
+    rounding: terms are never negative, so that what is left of the sum is a bound, too.
+    """
     layers, excluded = layers_in_sum(model, recording, sides, parameters, chain)
-    norms = layer_norms(layers, jacobian_operators(recording, layers, chain), settings)
-    return _assemble(layers, excluded, norms, sides, settings, name)
+    operators = jacobian_operators(recording, layers, chain)
+    norms = layer_norms(layers, operators, settings)
+    report = _assemble(layers, excluded, norms, sides, settings, name)
+    if chain is not None or not bool((report.lhs > report.rhs * (1 + _allowance(layers))).any()):
+        return report
+    counted = [
+        found.without(is_rounding(operator, cotangents_of_input(layer, sides)))
+        for layer, operator, found in zip(layers, operators, norms, strict=True)
+    ]
+    return _assemble(layers, excluded, counted, sides, settings, name)
 
 
 def _assemble(
@@ -149,8 +162,7 @@ def _assemble(
     lowest = [_coefficient(layer, found.denominator.upper, size) for layer, found, size in each]
     lhs_lower = sides.input_sq_norm * sum(lowest, zeros)
     lhs_upper = sides.input_sq_norm * sum([term.coefficient for term in terms], zeros)
-    allowance = torch.finfo(layers[0].weight.dtype).eps ** 0.5 if layers else 0.0
-    violated = lhs_lower > sides.param_sq_norm * (1 + allowance)
+    violated = lhs_lower > sides.param_sq_norm * (1 + _allowance(layers))
     return InequalityReport(
         lhs=lhs_upper,  # Ritz values are accurate to many more digits than the bracket is narrow
         rhs=sides.param_sq_norm,
@@ -166,6 +178,11 @@ def _assemble(
         norm=settings.norm,
         delta=settings.delta,
     )
+
+
+def _allowance(layers: Sequence[CutLayer]) -> float:
+    """By how much, relative to the right side, rounding may make the left side too large."""
+    return rounding_tolerance(layers[0].weight) if layers else 0.0
 
 
 def _layer_terms(

@@ -286,6 +286,42 @@ def is_identity(reference: JacobianOperator, columns: int) -> bool:
     return u.shape[1] == columns and torch.equal(reference.vjp(u), u)
 
 
+def is_rounding(operator: JacobianOperator, vectors: Sequence[Tensor]) -> Tensor:
+    """For which samples products with Jᵀ are rounding for the most part, seen from vectors u: (B,) bool.
+
+    Where terms cancel (in a saturated softmax, a normalisation of two features), that is all that autograd has. Sums of u
+    are then not mapped to sums of Jᵀu, or uᵀ(J Jᵀu) is not ‖Jᵀu‖², while powers of two times u are mapped exactly. A
+    backward pass that does not do that much is no linear map, which is another matter. Subnormal numbers are rounding, too.
+
+    Args:
+        operator: the Jacobians J_b.
+        vectors: u, (B, n) each; what counts is Jᵀu.
+    """
+    found = torch.zeros(len(operator.template), dtype=torch.bool, device=operator.template.device)
+    for u in vectors:
+        tolerance = rounding_tolerance(u) / 4  # of norms, of which the bound has the squares
+        image = operator.vjp(u)
+        size = row_sq_norm(widest_float(image))
+        from_gram = (torch.linalg.vecdot(widest_float(u), widest_float(operator.gram(u))) - size).abs()
+        contradicts = from_gram > tolerance * size
+        for seed in range(_SUMS):
+            generic = _generic_like(u, seed)
+            other = generic * (_row_norm(u) / _row_norm(generic)).unsqueeze(1).to(u.dtype)
+            from_sum = _row_norm(operator.vjp(u + other) - operator.vjp(other) - image)
+            contradicts |= from_sum > tolerance * size.sqrt()
+        from_multiple = _row_norm(operator.vjp(4 * u) / 4 - image)
+        subnormal = (image != 0).any(1) & (image.abs().amax(1) < torch.finfo(u.dtype).tiny / tolerance)
+        found |= subnormal | (contradicts & (from_multiple <= tolerance * size.sqrt()))
+    return found
+
+
+_SUMS = 8  # rounding is not to be seen from every one of them
+
+
+def _row_norm(rows: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(widest_float(rows), dim=1)
+
+
 def _agree(found: Tensor, expected: Tensor) -> bool:
     """Whether all rows are equal up to rounding."""
     if found.shape != expected.shape:
@@ -294,6 +330,6 @@ def _agree(found: Tensor, expected: Tensor) -> bool:
     return bool((error <= rounding_tolerance(expected) * torch.linalg.vector_norm(expected, dim=1)).all())
 
 
-def _generic_like(template: Tensor) -> Tensor:
+def _generic_like(template: Tensor, seed: int = 20211231) -> Tensor:
     """Vectors that no structure of a network knows of, without touching the global generators."""
-    return normal_start((template.shape[0], template.shape[1]), None, template, seed=20211231)
+    return normal_start((template.shape[0], template.shape[1]), None, template, seed)

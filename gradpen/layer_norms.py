@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,11 @@ class LayerNorms:
     weight: Bracket | None
     jacobian: Bracket | None
     product: Bracket | None  # ‖W J‖
+
+    def without(self, samples: Tensor) -> LayerNorms:
+        """The same with nothing to divide by, so that the layer counts 0, for samples where a mask (B,) is True."""
+        lower, upper = (end.masked_fill(samples, 0) for end in self.denominator)
+        return replace(self, denominator=Bracket(lower, upper))
 
 
 def jacobian_operators(

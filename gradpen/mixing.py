@@ -88,36 +88,63 @@ def _recall(
 def _try_out(
     model: nn.Module, key: _Key, f: Tensor, recording: Recording, gradients: SampleGradients
 ) -> frozenset[int]:
-    """Scale the f_i apart, see which rows follow, and remember it."""
+    """Scale the f_i apart, see which rows follow, and remember it, unless gradients are rounding for the most part."""
     check_scalar_rows(f, recording.output)
     factors, tolerance = _row_factors(f), _tolerance(f, recording, gradients)
-    scaled = sample_gradients(
-        (f * factors).sum(),
-        recording,
-        inputs=bool(gradients.inputs),
-        deltas=bool(gradients.deltas),
-        create_graph=False,
-    )
-    for before, after in zip(gradients.inputs, scaled.inputs, strict=True):
-        if not rows_scaled(before, after, factors, tolerance):
-            raise RuntimeError(
-                "expected f_i to depend on sample i alone, but its gradient reaches the inputs of other samples: the "
-                "model (or the criterion) mixes the samples of a batch (dimension 0), so a gradient penalty of "
-                "single samples is not defined"
-            )
+    scaled = _gradients_of(f * factors, recording, gradients)
+    changed = [
+        not rows_scaled(before, after, factors, tolerance)
+        for before, after in zip(gradients.tensors, scaled.tensors, strict=True)
+    ]
+    by_rounding = [False] * len(changed)
+    if any(changed):
+        noise = _rounding(f, recording, gradients)
+        by_rounding = [
+            one and bool(_row_error(before, after, factors) <= _ROUNDING_MARGIN * own)
+            for one, before, after, own in zip(changed, gradients.tensors, scaled.tensors, noise, strict=True)
+        ]
+        changed = [one and not excused for one, excused in zip(changed, by_rounding, strict=True)]
+    if any(changed[: len(gradients.inputs)]):
+        raise RuntimeError(
+            "expected f_i to depend on sample i alone, but its gradient reaches the inputs of other samples: the "
+            "model (or the criterion) mixes the samples of a batch (dimension 0), so a gradient penalty of "
+            "single samples is not defined"
+        )
     mixed = frozenset(
-        index
-        for index, delta in gradients.deltas.items()
-        if not rows_scaled(delta, scaled.deltas[index], factors, tolerance)
+        index for index, one in zip(gradients.deltas, changed[len(gradients.inputs) :], strict=True) if one
     )
     known = _verdicts.setdefault(model, {})
     before_this = known.get(key, _Verdict(frozenset()))
     mixed |= before_this.mixed
-    if all(_tells(gradient) for gradient in (*gradients.inputs, *gradients.deltas.values())):
+    if all(_tells(gradient) for gradient in gradients.tensors) and not any(by_rounding):
         if len(known) >= _MAX_VERDICTS:
             known.clear()
         known[key] = _Verdict(mixed, before_this.uses)
     return mixed
+
+
+def _gradients_of(f: Tensor, recording: Recording, like: SampleGradients) -> SampleGradients:
+    """Those of Σ_i f_i, in the same places."""
+    found = sample_gradients(f.sum(), recording, inputs=bool(like.inputs), deltas=bool(like.deltas), create_graph=False)
+    return SampleGradients(found.inputs, {index: found.deltas[index] for index in like.deltas})
+
+
+def _rounding(f: Tensor, recording: Recording, gradients: SampleGradients) -> list[Tensor]:
+    """How far each of the gradients is from what it is by way of multiples of f: 0-dim, the largest of a few norms.
+
+    Whether a row mixes the samples makes no difference to it. Where terms cancel (in a saturated softmax, a normalisation of
+    two features) it may be as large as the gradient.
+    """
+    errors = []
+    for multiple in _row_factors(f.detach().new_empty(_MULTIPLES)).tolist():
+        scaled = _gradients_of(f * multiple, recording, gradients)
+        each = zip(gradients.tensors, scaled.tensors, strict=True)
+        errors.append([_row_error(before, after, f.new_full(f.shape, multiple)) for before, after in each])
+    return [torch.stack(of_one).max() for of_one in zip(*errors, strict=True)]
+
+
+_MULTIPLES = 8
+_ROUNDING_MARGIN = 16  # what is seen of the rounding is a sample of it
 
 
 def _tells(gradient: Tensor) -> bool:
@@ -239,7 +266,18 @@ def rows_scaled(before: Tensor, after: Tensor, factors: Tensor, tolerance: float
     """Whether every row i of `after` is factors_i times that of `before`, up to rounding; NaN and infinities aside."""
     if before.shape[0] != factors.shape[0]:
         return False
+    expected, error = _expected_and_error(before, after, factors)
+    return bool(error.norm() <= tolerance * expected.norm())
+
+
+def _row_error(before: Tensor, after: Tensor, factors: Tensor) -> Tensor:
+    """The norm of what `rows_scaled` compares, infinite if the rows are not those of samples: 0-dim."""
+    if before.shape[0] != factors.shape[0]:
+        return before.new_full((), torch.inf)
+    return _expected_and_error(before, after, factors)[1].norm()
+
+
+def _expected_and_error(before: Tensor, after: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
     expected = before.detach() * factors.reshape(-1, *[1] * (before.dim() - 1)).to(before.dtype)
     finite = expected.isfinite() & after.isfinite()
-    expected, error = torch.where(finite, expected, 0), torch.where(finite, after - expected, 0)
-    return bool(error.norm() <= tolerance * expected.norm())
+    return torch.where(finite, expected, 0), torch.where(finite, after - expected, 0)

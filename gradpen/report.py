@@ -29,7 +29,8 @@ class LayerTerms:
         weight_rhs: :math:`\|\nabla_W f\|^2 = \|\delta\|^2\|h\|^2`; None if W is frozen.
         bias_lhs: :math:`\|\nabla_x f\|^2 / (\|W\|^2\|J\|^2)`; None if b is frozen or absent.
         bias_rhs: :math:`\|\nabla_b f\|^2 = \|\delta\|^2`; None if b is frozen or absent.
-        coefficient: :math:`(1+\|h\|^2)/(\|W\|^2\|J\|^2)` with the terms that count; 0 for a dead layer.
+        coefficient: :math:`(1+\|h\|^2)/(\|W\|^2\|J\|^2)` with the terms that count; 0 for a dead layer, and where the left
+            side would be too large since ‖J‖ is rounding (behind a saturated softmax, for instance).
         input_sq_norm: :math:`\|h\|^2`.
         weight_norm: ‖W‖ in the norm of the report, 0-dim; None where it was not computed (``norm="joint"`` without slack).
         jacobian_norm: ‖J‖ in the norm of the report; None where it was not computed.

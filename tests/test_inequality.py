@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import cases
 import pytest
@@ -15,8 +16,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
-from gradpen import evaluate_inequality
+from gradpen import evaluate_inequality, inequality
 from gradpen.inequality import NotFiniteError
+from gradpen.layer_norms import layer_norms
+from gradpen.spectral import Bracket
 
 CHAINS = [
     *[case for case in cases.DENSE if case.name not in {"functional"}],
@@ -781,6 +784,60 @@ def test_wide_layers_that_are_done_before_narrow_ones():
         exact = torch.stack([torch.linalg.matrix_norm(torch.autograd.functional.jacobian(prefix, row), 2) for row in x])
         ref.assert_close(layer.jacobian_norm, exact, 1e-4)
         assert (exact <= layer.jacobian_norm_upper * (1 + 1e-12)).all()
+
+
+class Times(nn.Module):
+    """Its factor times x."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return self.factor * x
+
+
+def saturated(factor):
+    return nn.Sequential(nn.Linear(4, 3), Times(factor), nn.Softmax(1), nn.Linear(3, 1))
+
+
+def normalised():
+    model = nn.Sequential(nn.Linear(4, 2), nn.LayerNorm(2), nn.Linear(2, 1))
+    nn.init.constant_(model[1].weight, 100.0)
+    return model
+
+
+@pytest.mark.parametrize("method", ["dense", "krylov"])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("build", [lambda: saturated(10.0), lambda: saturated(30.0), normalised])
+def test_rounding_is_no_violation(build, norm, method):
+    """Terms cancel in the backward pass, so that products with J are rounding: of one vector so, of its parts otherwise."""
+    counts = []
+    for seed, dtype in itertools.product(range(8), (torch.float32, torch.float64)):
+        torch.manual_seed(seed)
+        model, x = build().to(dtype), 3 * torch.randn(16, 4, dtype=dtype)
+        report = evaluate_inequality(model, x, None, of="output", norm=norm, method=method)
+        assert report.holds.all() and (report.tightness <= 1 + 1e-3).all()
+        counts.append(sum(int((layer.coefficient == 0).sum()) for layer in report.layers[1:]))
+    assert len(report.layers) > 1 and sum(counts) < 16 * len(counts)  # what can be told, is
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("factor", [1.0, 100.0])
+def test_norms_that_are_too_small_are_a_violation(monkeypatch, norm, factor):
+    """Rounding excuses nothing else: not what is wrong beside it."""
+
+    def halved(*args):
+        zero = torch.zeros((), dtype=torch.float64)
+        return [
+            replace(found, denominator=Bracket(zero, found.denominator.upper / 100)) for found in layer_norms(*args)
+        ]
+
+    monkeypatch.setattr(inequality, "layer_norms", halved)
+    torch.manual_seed(0)
+    model, x = saturated(factor), 0.3 * torch.randn(16, 4)
+    report = evaluate_inequality(model, x, None, of="output", norm=norm)
+    assert report.violations > 2
 
 
 def test_layers_out_of_range():

@@ -248,3 +248,38 @@ def test_rows_are_taken_for_a_finite_difference_only_where_all_tensors_have_them
     for tensor in (mask, torch.tensor(1.0)):
         with pytest.raises(ValueError, match="count the 5 samples"):
             param_grad_sq_norm(model, (x, tensor * mask), y, over=2, method="finite_difference")
+
+
+class Normalised(nn.Module):
+    """A normalisation of two features, whose gradient is rounding unless `eps` is large; samples may be mixed before it."""
+
+    def __init__(self, mixes: bool = False) -> None:
+        super().__init__()
+        self.dense, self.norm, self.head = nn.Linear(4, 2), nn.LayerNorm(2), nn.Linear(2, 1)
+        self.mixes = mixes
+        self.norm.eps = 1e-12
+        nn.init.constant_(self.norm.weight, 100.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.dense(x)
+        return self.head(self.norm(h + h.mean(0) if self.mixes else h))
+
+
+@pytest.mark.parametrize("batch", [2, 3, 16])
+@pytest.mark.parametrize("seed", range(6))
+def test_gradients_that_are_rounding_mix_nothing(seed, batch):
+    torch.manual_seed(seed)
+    model, x = Normalised(), 3 * torch.randn(batch, 4)
+    sq_norms = input_grad_sq_norm(model, x, None, of="output")
+    assert sq_norms.isfinite().all() and sq_norms.median() < 1e-3
+    param_grad_sq_norm(model, x, torch.zeros(batch, 1), criterion=F.mse_loss)
+
+
+def test_what_rounding_hides_is_looked_for_again():
+    torch.manual_seed(0)
+    model, x = Normalised(mixes=True), 3 * torch.randn(16, 4)
+    for _ in range(2):  # a third time, an answer that is known would be good enough
+        input_grad_sq_norm(model, x, torch.zeros(16, 1), criterion=F.mse_loss)
+    model.norm.eps = 1.0
+    with pytest.raises(RuntimeError, match="mixes the samples"):
+        input_grad_sq_norm(model, x, torch.zeros(16, 1), criterion=F.mse_loss)
