@@ -21,6 +21,7 @@ from gradpen._graph import GraphWalk, check_derivable_twice, compiled_for_severa
 from gradpen._numerics import sum_tensors
 from gradpen.criteria import Criterion, Scalar
 from gradpen.dense_chain import DenseChain
+from gradpen.isolation import runs_eagerly
 from gradpen.module_chain import run_chain
 from gradpen.recording import (
     Recording,
@@ -556,7 +557,8 @@ def check_call(model: nn.Module, terms: Sequence[Term]) -> list[dict[str, nn.Par
     modules = dict(model.named_modules())
     exact = next((term.method for term in terms if term.method != "finite_difference"), None)
     if exact is not None:
-        _checks.check_not_compiled(modules.values(), exact)
+        if not runs_eagerly():
+            _checks.check_not_compiled(modules.values(), exact)
         _checks.warn_of_wrong_second_derivatives(modules)
     apart = next((_quantity(term) for term in terms if isinstance(term, InputTerm) or term.over != "batch"), None)
     if apart is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -31,11 +32,20 @@ def untouched(model: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.callback(_runs_eagerly.reset, _runs_eagerly.set(True))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         for device_type in {tensor.device.type for tensor in model.parameters()}:
             stack.enter_context(torch.autocast(device_type, enabled=False))
         stack.enter_context(state_kept(model))
         yield
+
+
+_runs_eagerly = contextvars.ContextVar("_runs_eagerly", default=False)
+
+
+def runs_eagerly() -> bool:
+    """Whether compiled modules run as if they were not, so that they can be differentiated twice: within `untouched`."""
+    return _runs_eagerly.get()
 
 
 @contextlib.contextmanager

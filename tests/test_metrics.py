@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import pickle
 import re
@@ -179,6 +180,17 @@ def test_attention_by_a_kernel_of_the_models_own_choice():
     collection = MetricCollection([GeometricComplexity(), ParamGradSqNorm()])
     collection.update(model, X, Y)
     assert all(value > 0 for value in collection.compute().values())
+
+
+@IDS
+@pytest.mark.parametrize(
+    "compiled", [lambda m: torch.compile(m, backend="eager"), lambda m: m.compile(backend="eager") or m]
+)
+def test_a_compiled_module_is_run_eagerly(name, compiled):
+    metric, targets, expected = make(name)
+    args = (X,) if name == "complexity" else (X, targets)
+    metric.update(compiled(copy.deepcopy(MODEL)), *args)
+    references.assert_close(metric.compute(), expected.mean(), 1e-9)
 
 
 def test_the_model_is_left_without_a_trace():
