@@ -125,7 +125,7 @@ def _reason_to_exclude(
         return f"{call.op or 'this embedding, or F.linear with a vector or a broadcast bias,'} is no dense layer"
     assert call.weight is not None
     if call.input.dim() != 2:
-        return f"its input has shape {tuple(call.input.shape)}: it is applied to more than one row per sample"
+        return f"its input has shape {tuple(call.input.shape)}, and only (B, n), one row per sample, is counted"
     if index in sides.mixed or call.input.shape[0] != recording.output.shape[0]:
         return "its rows are not one for every sample"
     if id(call.weight) not in names:

@@ -102,7 +102,7 @@ def plot_history(history: Sequence[Row], title: str | None = None) -> Figure:
             panels[2].set_yscale("log")
     panels[1].set_ylim(bottom=0)  # last: it keeps the top where it is
     if names:
-        panels[2].set_title(r"$(1+\|h\|^2)/(\|W\|^2\|J\|^2)$ relative to the first check")
+        panels[2].set_title("coefficients of the layers, relative to the first check")
     if not named:
         _draw_depths(figure, panels[2], names)
     for axes in panels:

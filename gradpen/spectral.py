@@ -195,9 +195,10 @@ def _factors_to_unit(gram: MatVec, q: Tensor, product: Tensor) -> _Factors | Non
     before = torch.where(small, torch.exp2(exponents), 1.0)
     largest = gram(q * before).abs().amax(1, keepdim=True)
     if not bool(largest.isfinite().all()):
+        wider = "" if product.dtype == torch.float64 else "evaluate a copy of the model in float64, or "
         raise NotFiniteError(
-            f"expected products with Jacobians and weights within the range of {product.dtype}, which some exceed: evaluate "
-            "a copy of the model in float64, or see whether the training has diverged"
+            f"expected products with Jacobians and weights within the range of {product.dtype}, which some exceed: {wider}"
+            "see whether the training has diverged"
         )
     exponents = -largest.log2().round().clamp(min=2 - math.log2(info.max))  # of subnormal numbers it would be too large
     return _Factors(before, torch.where(far, torch.exp2(exponents), 1.0))

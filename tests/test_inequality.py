@@ -848,6 +848,9 @@ def test_layers_out_of_range():
         evaluate_inequality(model, x, y, method="krylov")
     report = evaluate_inequality(scaled(model.double(), 1e50), x.double(), y)  # ‖∇_x f‖² itself overflows
     assert report.lhs.isinf().any() and report.holds.all()
+    scaled(model, 1e40)
+    with pytest.raises(NotFiniteError, match="exceed: see whether"):
+        evaluate_inequality(model, x.double() * 1e-10, y, method="krylov")
 
 
 @pytest.mark.parametrize("norm", ["spectral", "joint"])
