@@ -139,7 +139,7 @@ def _rounding(f: Tensor, recording: Recording, gradients: SampleGradients) -> li
     for multiple in _row_factors(f.detach().new_empty(_MULTIPLES)).tolist():
         scaled = _gradients_of(f * multiple, recording, gradients)
         each = zip(gradients.tensors, scaled.tensors, strict=True)
-        errors.append([_row_error(before, after, f.new_full(f.shape, multiple)) for before, after in each])
+        errors.append([_row_error(before, after, f.new_full(before.shape[:1], multiple)) for before, after in each])
     return [torch.stack(of_one).max() for of_one in zip(*errors, strict=True)]
 
 

@@ -423,7 +423,7 @@ REASONS = {
     "residual": ("inner", "around"),
     "reused": ("shared", "more than once"),
     "tied_autoencoder": ("encoder", "more than once"),
-    "tokens": ("0", "more than one row"),
+    "tokens": ("0", "one row per sample"),
     "conv2d": ("0", "convolution"),
     "parametrised": ("0", "other parameters"),
     "unused_parameter": ("idle", "does not depend"),
