@@ -10,7 +10,7 @@ what its tensors do. So there is one derivation of every formula, that of eager 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from gradpen import chain_terms
 from gradpen.chain_terms import Request
 from gradpen.criteria import Criterion
-from gradpen.dense_chain import KINDS, DenseChain, Elementwise
+from gradpen.dense_chain import KINDS, DenseChain, Elementwise, Kind
 from gradpen.recording import Call
 from gradpen.terms import InputTerm, ParamTerm, Term
 
@@ -189,20 +189,45 @@ def _run(plan: ChainPlan, x: Tensor, named: Mapping[str, Tensor]) -> DenseChain:
     biases = tuple(None if name is None else named[name] for name in plan.biases)
     hidden, between = [x], []
     z = first = F.linear(x, weights[0], biases[0])
-    for (kind, options), weight, bias in zip(plan.functions, weights[1:], biases[1:], strict=True):
-        h, there = Elementwise(None if kind is None else _KINDS[kind], tuple(options)).at(z)
+    for (name, options), weight, bias in zip(plan.functions, weights[1:], biases[1:], strict=True):
+        h, there = Elementwise(_kind(name, options), tuple(options)).at(z)
         hidden.append(h)
         between.append(there)
         z = F.linear(h, weight, bias)
     return DenseChain(weights, biases, tuple(hidden), tuple(between), z, first if plan.first_order else None)
 
 
+# The compiler saves what forward and backward pass have in common: of g' a mask of one byte an entry, which its kernels for
+# CPUs write and read many times as slowly as numbers. So the backward pass asks for it in other words, by the h that it has.
+
+
 def _relu_backward_anew(cotangent: Tensor, result: Tensor) -> Tensor:
     return torch.where(result > 0, cotangent, 0.0)
 
 
-# The compiler saves what forward and backward pass have in common: of g' a mask of one byte an entry, which its kernels for
-# CPUs write and read many times as slowly as numbers. So the backward pass asks for it in other words, by the h that it has.
-_RELU = KINDS["ReluBackward0"]
-_RELU_IN_BACKWARD = dataclasses.replace(_RELU, backward=_relu_backward_anew, backward_into=None)
-_KINDS = KINDS | {"ReluBackward0": dataclasses.replace(_RELU, in_backward=_RELU_IN_BACKWARD)}
+def _leaky_relu_backward(cotangent: Tensor, result: Tensor, slope: float) -> Tensor:
+    return torch.ops.aten.leaky_relu_backward(cotangent, result, slope, True)
+
+
+def _leaky_relu_backward_anew(cotangent: Tensor, result: Tensor, slope: float) -> Tensor:
+    return torch.where(result <= 0, cotangent * slope, cotangent)
+
+
+def _in_other_words(kind: Kind, backward: Callable[..., Tensor]) -> Kind:
+    return dataclasses.replace(kind, in_backward=dataclasses.replace(kind, backward=backward, backward_into=None))
+
+
+_RELU = _in_other_words(KINDS["ReluBackward0"], _relu_backward_anew)
+_LEAKY_RELU = _in_other_words(  # by the result, which has the sign of z if the slope is positive
+    dataclasses.replace(KINDS["LeakyReluBackward0"], saved="_saved_result", backward=_leaky_relu_backward),
+    _leaky_relu_backward_anew,
+)
+
+
+def _kind(name: str | None, options: Sequence[Any]) -> Kind | None:
+    """The function by its key in `KINDS`, as the compiler had best see it."""
+    if name == "ReluBackward0":
+        return _RELU
+    if name == "LeakyReluBackward0" and options[0] > 0:
+        return _LEAKY_RELU
+    return None if name is None else KINDS[name]

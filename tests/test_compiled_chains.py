@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -87,9 +88,10 @@ def test_equal_to_eager(name, activation):
 
 
 def test_every_activation():
-    kinds = iter([nn.LeakyReLU, nn.SiLU, nn.Softplus, nn.ELU, nn.Sigmoid, nn.Identity, nn.Identity])
+    falling = partial(nn.LeakyReLU, -0.3)
+    kinds = iter([nn.LeakyReLU, nn.SiLU, nn.Softplus, nn.ELU, nn.Sigmoid, nn.Identity, falling, nn.Identity])
     objective = PenalizedLoss(F.cross_entropy, InputGradPenalty(0.3), ParamGradPenalty(0.1))
-    assert_same_step(objective, chain(lambda: next(kinds)(), (4, 6, 5, 7, 6, 5, 6, 3)), *batch_of())
+    assert_same_step(objective, chain(lambda: next(kinds)(), (4, 6, 5, 7, 6, 5, 6, 5, 3)), *batch_of())
 
 
 CRITERIA: dict[str, Callable[..., Tensor]] = {
@@ -154,9 +156,10 @@ def test_number_of_products(name):
     torch.testing.assert_close(found, [parameter.grad for parameter in model.parameters()])
 
 
-def test_no_masks_are_saved():
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.LeakyReLU])
+def test_no_masks_are_saved(activation):
     products, objective = Products(), PenalizedLoss(F.cross_entropy, InputGradPenalty(0.1), ParamGradPenalty(0.1))
-    assert_same_step(objective, chain(nn.ReLU), *batch_of(), backend=products.backend)
+    assert_same_step(objective, chain(activation), *batch_of(), backend=products.backend)
     assert torch.float64 in products.saved_types()
     assert torch.bool not in products.saved_types()
 
