@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -88,7 +89,7 @@ def _recall(
 def _try_out(
     model: nn.Module, key: _Key, f: Tensor, recording: Recording, gradients: SampleGradients
 ) -> frozenset[int]:
-    """Scale the f_i apart, see which rows follow, and remember it, unless gradients are rounding for the most part."""
+    """Scale the f_i apart, see which rows follow, and remember it."""
     check_scalar_rows(f, recording.output)
     factors, tolerance = _row_factors(f), _tolerance(f, recording, gradients)
     scaled = _gradients_of(f * factors, recording, gradients)
@@ -96,14 +97,8 @@ def _try_out(
         not rows_scaled(before, after, factors, tolerance)
         for before, after in zip(gradients.tensors, scaled.tensors, strict=True)
     ]
-    by_rounding = [False] * len(changed)
     if any(changed):
-        noise = _rounding(f, recording, gradients)
-        by_rounding = [
-            one and bool(_row_error(before, after, factors) <= _ROUNDING_MARGIN * own)
-            for one, before, after, own in zip(changed, gradients.tensors, scaled.tensors, noise, strict=True)
-        ]
-        changed = [one and not excused for one, excused in zip(changed, by_rounding, strict=True)]
+        changed = _reached_by_others(f, recording, gradients, changed, tolerance)
     if any(changed[: len(gradients.inputs)]):
         raise RuntimeError(
             "expected f_i to depend on sample i alone, but its gradient reaches the inputs of other samples: the "
@@ -116,7 +111,7 @@ def _try_out(
     known = _verdicts.setdefault(model, {})
     before_this = known.get(key, _Verdict(frozenset()))
     mixed |= before_this.mixed
-    if all(_tells(gradient) for gradient in gradients.tensors) and not any(by_rounding):
+    if all(_tells(gradient) for gradient in gradients.tensors):
         if len(known) >= _MAX_VERDICTS:
             known.clear()
         known[key] = _Verdict(mixed, before_this.uses)
@@ -129,22 +124,35 @@ def _gradients_of(f: Tensor, recording: Recording, like: SampleGradients) -> Sam
     return SampleGradients(found.inputs, {index: found.deltas[index] for index in like.deltas})
 
 
-def _rounding(f: Tensor, recording: Recording, gradients: SampleGradients) -> list[Tensor]:
-    """How far each of the gradients is from what it is by way of multiples of f: 0-dim, the largest of a few norms.
+def _reached_by_others(
+    f: Tensor, recording: Recording, gradients: SampleGradients, suspects: Sequence[bool], tolerance: float
+) -> list[bool]:
+    """Which of the suspected gradients have a row i that is other than 0 though f_i is left out.
 
-    Whether a row mixes the samples makes no difference to it. Where terms cancel (in a saturated softmax, a normalisation of
-    two features) it may be as large as the gradient.
+    Where terms cancel (in a saturated softmax, a normalisation of two features) a gradient is rounding, which follows no
+    factor but 0. The f_i are left out by the binary digits of i, one of which tells any two of them apart.
     """
-    errors = []
-    for multiple in _row_factors(f.detach().new_empty(_MULTIPLES)).tolist():
-        scaled = _gradients_of(f * multiple, recording, gradients)
-        each = zip(gradients.tensors, scaled.tensors, strict=True)
-        errors.append([_row_error(before, after, f.new_full(before.shape[:1], multiple)) for before, after in each])
-    return [torch.stack(of_one).max() for of_one in zip(*errors, strict=True)]
+    rows = [before.shape[0] == f.shape[0] for before in gradients.tensors]
+    found = [suspected and not of_samples for suspected, of_samples in zip(suspects, rows, strict=True)]
+    places = torch.arange(f.shape[0], device=f.device)
+    for digit, value in itertools.product(range((f.shape[0] - 1).bit_length()), (0, 1)):
+        if found == list(suspects):
+            break
+        left_out = (places >> digit) % 2 == value
+        rest = _gradients_of(f * ~left_out, recording, gradients).tensors
+        for index, (before, after) in enumerate(zip(gradients.tensors, rest, strict=True)):
+            if suspects[index] and not found[index]:
+                found[index] = _finite_norm(after[left_out]) > tolerance / _LESS_IN_PART * _finite_norm(before)
+    return found
 
 
-_MULTIPLES = 8
-_ROUNDING_MARGIN = 16  # what is seen of the rounding is a sample of it
+_LESS_IN_PART = 16  # what some of the f_i are to some of the rows is less than what all are to all
+
+
+def _finite_norm(gradient: Tensor) -> float:
+    """The norm without NaN and infinities."""
+    gradient = gradient.detach()
+    return float(torch.where(gradient.isfinite(), gradient, 0).norm())
 
 
 def _tells(gradient: Tensor) -> bool:
@@ -266,18 +274,7 @@ def rows_scaled(before: Tensor, after: Tensor, factors: Tensor, tolerance: float
     """Whether every row i of `after` is factors_i times that of `before`, up to rounding; NaN and infinities aside."""
     if before.shape[0] != factors.shape[0]:
         return False
-    expected, error = _expected_and_error(before, after, factors)
-    return bool(error.norm() <= tolerance * expected.norm())
-
-
-def _row_error(before: Tensor, after: Tensor, factors: Tensor) -> Tensor:
-    """The norm of what `rows_scaled` compares, infinite if the rows are not those of samples: 0-dim."""
-    if before.shape[0] != factors.shape[0]:
-        return before.new_full((), torch.inf)
-    return _expected_and_error(before, after, factors)[1].norm()
-
-
-def _expected_and_error(before: Tensor, after: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
     expected = before.detach() * factors.reshape(-1, *[1] * (before.dim() - 1)).to(before.dtype)
     finite = expected.isfinite() & after.isfinite()
-    return torch.where(finite, expected, 0), torch.where(finite, after - expected, 0)
+    expected, error = torch.where(finite, expected, 0), torch.where(finite, after - expected, 0)
+    return bool(error.norm() <= tolerance * expected.norm())
