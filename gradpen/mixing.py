@@ -92,13 +92,19 @@ def _try_out(
     """Scale the f_i apart, see which rows follow, and remember it."""
     check_scalar_rows(f, recording.output)
     factors, tolerance = _row_factors(f), _tolerance(f, recording, gradients)
-    scaled = _gradients_of(f * factors, recording, gradients)
+
+    def tensors_of(f: Tensor) -> list[Tensor]:
+        found = sample_gradients(
+            f.sum(), recording, inputs=bool(gradients.inputs), deltas=bool(gradients.deltas), create_graph=False
+        )
+        return [*found.inputs, *[found.deltas[index] for index in gradients.deltas]]
+
     changed = [
         not rows_scaled(before, after, factors, tolerance)
-        for before, after in zip(gradients.tensors, scaled.tensors, strict=True)
+        for before, after in zip(gradients.tensors, tensors_of(f * factors), strict=True)
     ]
     if any(changed):
-        changed = _reached_by_others(f, recording, gradients, changed, tolerance)
+        changed = _reached_by_others(f, tensors_of, gradients.tensors, changed, tolerance)
     if any(changed[: len(gradients.inputs)]):
         raise RuntimeError(
             "expected f_i to depend on sample i alone, but its gradient reaches the inputs of other samples: the "
@@ -118,29 +124,26 @@ def _try_out(
     return mixed
 
 
-def _gradients_of(f: Tensor, recording: Recording, like: SampleGradients) -> SampleGradients:
-    """Those of Σ_i f_i, in the same places."""
-    found = sample_gradients(f.sum(), recording, inputs=bool(like.inputs), deltas=bool(like.deltas), create_graph=False)
-    return SampleGradients(found.inputs, {index: found.deltas[index] for index in like.deltas})
-
-
 def _reached_by_others(
-    f: Tensor, recording: Recording, gradients: SampleGradients, suspects: Sequence[bool], tolerance: float
+    f: Tensor,
+    gradients_of: Callable[[Tensor], Sequence[Tensor]],
+    gradients: Sequence[Tensor],
+    suspects: Sequence[bool],
+    tolerance: float,
 ) -> list[bool]:
     """Which of the suspected gradients have a row i that is other than 0 though f_i is left out.
 
     Where terms cancel (in a saturated softmax, a normalisation of two features) a gradient is rounding, which follows no
     factor but 0. The f_i are left out by the binary digits of i, one of which tells any two of them apart.
     """
-    rows = [before.shape[0] == f.shape[0] for before in gradients.tensors]
+    rows = [before.shape[0] == f.shape[0] for before in gradients]
     found = [suspected and not of_samples for suspected, of_samples in zip(suspects, rows, strict=True)]
     places = torch.arange(f.shape[0], device=f.device)
     for digit, value in itertools.product(range((f.shape[0] - 1).bit_length()), (0, 1)):
         if found == list(suspects):
             break
         left_out = (places >> digit) % 2 == value
-        rest = _gradients_of(f * ~left_out, recording, gradients).tensors
-        for index, (before, after) in enumerate(zip(gradients.tensors, rest, strict=True)):
+        for index, (before, after) in enumerate(zip(gradients, gradients_of(f * ~left_out), strict=True)):
             if suspects[index] and not found[index]:
                 found[index] = _finite_norm(after[left_out]) > tolerance / _LESS_IN_PART * _finite_norm(before)
     return found
@@ -247,11 +250,18 @@ def check_scalar_rows(f: Tensor, output: Any) -> None:
     """
     if not isinstance(output, Tensor) or not output.requires_grad or output.dim() == 0:
         return
-    factors = _row_factors(f)
-    (gradient,) = torch.autograd.grad(f.sum(), output, retain_graph=True, allow_unused=True)
-    (scaled,) = torch.autograd.grad((f * factors).sum(), output, retain_graph=True, allow_unused=True)
-    tolerance = max(rounding_tolerance(f), rounding_tolerance(output))
-    if gradient is not None and not rows_scaled(gradient, scaled, factors, tolerance):
+
+    def gradients_of(f: Tensor) -> list[Tensor]:
+        found = torch.autograd.grad(f.sum(), output, retain_graph=True, allow_unused=True)
+        return [gradient for gradient in found if gradient is not None]
+
+    factors, tolerance = _row_factors(f), max(rounding_tolerance(f), rounding_tolerance(output))
+    gradients = gradients_of(f)
+    changed = [
+        not rows_scaled(before, after, factors, tolerance)
+        for before, after in zip(gradients, gradients_of(f * factors), strict=True)
+    ]
+    if any(changed) and any(_reached_by_others(f, gradients_of, gradients, changed, tolerance)):
         raise RuntimeError(
             "expected f_i to depend on the output of sample i alone, but the criterion mixes the samples of a batch "
             "(dimension 0), so a gradient penalty of single samples is not defined"

@@ -285,6 +285,21 @@ def test_rounding_hides_no_mixed_samples():
                 function(model, x, torch.zeros(16, 1), criterion=F.mse_loss)
 
 
+SATURATED = {
+    "softmax": lambda output, target: (100 * output).softmax(1).square().sum(1),
+    "one_feature": lambda output, target: F.cosine_similarity(output[:, :1], torch.ones_like(output[:, :1])),
+}
+
+
+@pytest.mark.parametrize("function", [input_grad_sq_norm, param_grad_sq_norm])
+@pytest.mark.parametrize("criterion", SATURATED.values(), ids=SATURATED)
+def test_a_criterion_whose_gradient_is_rounding_mixes_nothing(function, criterion):
+    for seed in range(20):
+        torch.manual_seed(seed)
+        model, x, y = cases.mlp(4, 5, 3), 10 * torch.randn(2, 4), torch.randint(3, (2,))
+        assert function(model, x, y, criterion=criterion).isfinite().all()
+
+
 def test_half_precision_hides_no_batch_norm_behind_many_layers():
     """Little of a gradient comes from other samples where there are many, and yet it is more than rounding."""
     torch.manual_seed(0)
