@@ -131,17 +131,18 @@ def _report(
 ) -> InequalityReport:
     """With layers and Jacobians as a chain tells them, or, without one, as they are found out.
 
-    Where Jacobians are found out and the left side is too large, a layer counts 0 for samples whose products with them are
+    Where Jacobians are found out, a layer counts 0 for samples whose left side is too large and whose products with them are
     rounding: terms are never negative, so that what is left of the sum is a bound, too.
     """
     layers, excluded = layers_in_sum(model, recording, sides, parameters, chain)
     operators = jacobian_operators(recording, layers, chain)
     norms = layer_norms(layers, operators, settings)
     report = _assemble(layers, excluded, norms, sides, settings, name)
-    if chain is not None or not bool((report.lhs > report.rhs * (1 + _allowance(layers))).any()):
+    too_large = report.lhs > report.rhs * (1 + _allowance(layers))
+    if chain is not None or not bool(too_large.any()):
         return report
     counted = [
-        found.without(is_rounding(operator, cotangents_of_input(layer, sides)))
+        found.without(too_large & is_rounding(operator, cotangents_of_input(layer, sides)))
         for layer, operator, found in zip(layers, operators, norms, strict=True)
     ]
     return _assemble(layers, excluded, counted, sides, settings, name)

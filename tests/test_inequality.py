@@ -840,6 +840,27 @@ def test_norms_that_are_too_small_are_a_violation(monkeypatch, norm, factor):
     assert report.violations > 2
 
 
+def test_rounding_takes_no_terms_from_samples_whose_left_side_is_not_too_large(monkeypatch):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.Softmax(1), nn.Linear(3, 3)), torch.randn(16, 4)
+    median = evaluate_inequality(model, x, torch.zeros(16).long()).tightness.median()
+
+    def smaller(*args):
+        return [
+            replace(found, denominator=Bracket(*[end * median.sqrt() for end in found.denominator]))
+            for found in layer_norms(*args)
+        ]
+
+    monkeypatch.setattr(inequality, "layer_norms", smaller)
+    monkeypatch.setattr(inequality, "is_rounding", lambda *_: torch.zeros(16, dtype=torch.bool))
+    before = evaluate_inequality(model, x, torch.zeros(16).long()).tightness
+    monkeypatch.setattr(inequality, "is_rounding", lambda *_: torch.ones(16, dtype=torch.bool))
+    after = evaluate_inequality(model, x, torch.zeros(16).long()).tightness
+    too_large = before > 1.001
+    assert 4 < too_large.sum() < 12
+    assert torch.equal(after, torch.where(too_large, 0, before))
+
+
 def test_layers_out_of_range():
     torch.manual_seed(0)
     model, x, y = cases.mlp(30, 40, 40, 3), torch.randn(4, 30), torch.randint(3, (4,))
