@@ -126,9 +126,11 @@ class _ScalarGradients:
         """mean_i f_i with its gradient computed now, and with it whatever gradients are wanted of the f_i."""
         gradients.check_differentiable(self.f)
         places = gradients.places_of(self.recording, inputs=self.inputs, deltas=self.deltas)
-        known = finite_difference.with_known_gradient(self.f.mean(), x, along=places, walk=self.walk)
+        with gradients.behind_hooks(self.recording) as arrived:
+            known = finite_difference.with_known_gradient(self.f.mean(), x, along=places, walk=self.walk)
         rows = [None if gradient is None else gradient * len(self.f) for gradient in known.along]
-        self.gradients = gradients.gradients_at_places(rows, self.recording, inputs=self.inputs)
+        arrived = {index: gradient * len(self.f) for index, gradient in arrived.items()}
+        self.gradients = gradients.gradients_at_places(rows, self.recording, arrived, inputs=self.inputs)
         return known
 
 

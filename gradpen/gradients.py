@@ -6,8 +6,9 @@ sample i alone, its rows are the gradients of the single f_i.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -50,9 +51,9 @@ def sample_gradients(
     wanted = places_of(recording, inputs=inputs, deltas=deltas)
     if not wanted:
         return SampleGradients([], {})
-    with recording.gate.towards_inputs():
+    with recording.gate.towards_inputs(), behind_hooks(recording) as arrived:
         gradients = differentiate(total, wanted, create_graph=create_graph)
-    return gradients_at_places(gradients, recording, inputs=inputs)
+    return gradients_at_places(gradients, recording, arrived, inputs=inputs)
 
 
 def places_of(recording: Recording, *, inputs: bool, deltas: bool) -> list[Any]:
@@ -61,8 +62,30 @@ def places_of(recording: Recording, *, inputs: bool, deltas: bool) -> list[Any]:
     return found + ([call.output for call in recording.calls] if deltas else [])
 
 
-def gradients_at_places(gradients: Sequence[Tensor | None], recording: Recording, *, inputs: bool) -> SampleGradients:
-    """What a backward pass left at `places_of`, put in order."""
+@contextlib.contextmanager
+def behind_hooks(recording: Recording) -> Iterator[dict[int, Tensor]]:
+    """Index of the call → the gradient that its layer gets in a backward pass within the block, if any tensor is hooked.
+
+    On its way to other places torch takes the gradient of a layer's output before the hooks on that, which may change it.
+    """
+    arrived: dict[int, Tensor] = {}
+
+    def keeping(index: int, place: int) -> Callable[[tuple[Tensor, ...]], None]:
+        return lambda gradients: None if gradients[place] is None else arrived.update({index: gradients[place]})
+
+    edges = [call.output for call in recording.calls] if recording.is_hooked else []
+    handles = [edge.node.register_prehook(keeping(index, edge.output_nr)) for index, edge in enumerate(edges)]
+    try:
+        yield arrived
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def gradients_at_places(
+    gradients: Sequence[Tensor | None], recording: Recording, arrived: Mapping[int, Tensor], *, inputs: bool
+) -> SampleGradients:
+    """What a backward pass left at `places_of`, put in order; of the calls those that `arrived`, if they are known."""
     input_count = len(recording.inputs) if inputs else 0
     input_gradients = gradients[:input_count]
     if inputs:
@@ -72,7 +95,7 @@ def gradients_at_places(gradients: Sequence[Tensor | None], recording: Recording
             torch.zeros_like(tensor) if gradient is None else gradient
             for tensor, gradient in zip(recording.inputs[:input_count], input_gradients, strict=True)
         ],
-        {index: delta for index, delta in enumerate(gradients[input_count:]) if delta is not None},
+        {index: arrived.get(index, d) for index, d in enumerate(gradients[input_count:]) if d is not None},
     )
 
 

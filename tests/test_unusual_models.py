@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from gradpen import evaluate_inequality
+from gradpen import InputGradPenalty, ParamGradPenalty, PenalizedLoss, evaluate_inequality
 from gradpen.functional import input_grad_sq_norm, param_grad_sq_norm
 
 
@@ -418,3 +418,36 @@ def test_a_potential_with_its_force(autocast):
         actual = param_grad_sq_norm(model, x, y, criterion=F.mse_loss)
     expected = ref.param_grad_sq_norm(model.double(), x.double(), y.double(), F.mse_loss)
     ref.assert_close(actual, expected, 0.05 if autocast else 1e-5)
+
+
+class ScaledGradients(nn.Module):
+    """A hook on the output of a layer behind another: gradients on the way back are smaller there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        z = self.second(self.first(x).tanh())
+        if z.requires_grad:
+            z.register_hook(lambda gradient: gradient / 3)
+        return self.third(z.tanh())
+
+
+@pytest.mark.parametrize("over", ["sample", 2])
+def test_a_hook_that_changes_the_gradient_of_a_layers_output(over):
+    model, (_, x, y, _) = ScaledGradients().double(), cases.find("tanh").problem()
+    expected = ref.param_grad_sq_norm(model, x, y, cases.cross_entropy_row, group=1 if over == "sample" else over)
+    ref.check(param_grad_sq_norm(model, x, y, over=over), expected, model)
+    if over == "sample":
+        report = evaluate_inequality(model, x, y)
+        ref.assert_close(report.rhs, expected)
+        assert report.holds.all() and len(report.layers) == 3
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.1])
+def test_a_hook_on_a_layers_output_and_an_objective(weight):
+    model, (_, x, y, _) = ScaledGradients().double(), cases.find("tanh").problem()
+    out = PenalizedLoss(F.cross_entropy, InputGradPenalty(weight), ParamGradPenalty(weight))(model, x, y)
+    for name, oracle in (("input", ref.input_grad_sq_norm), ("param", ref.param_grad_sq_norm)):
+        ref.assert_close(out.penalties[name], oracle(model, x, y, cases.cross_entropy_row).mean())
