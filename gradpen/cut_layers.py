@@ -122,7 +122,10 @@ def _reason_to_exclude(
     if call.op == "conv":
         return "a convolution applies its weight at many positions, whose gradients can cancel"
     if call.op != "linear":
-        return f"{call.op or 'this embedding, or F.linear with a vector or a broadcast bias,'} is no dense layer"
+        unknown = (
+            "this embedding, F.linear with a vector or a broadcast bias, or layer with a weight of a type of its own,"
+        )
+        return f"{call.op or unknown} is no dense layer"
     assert call.weight is not None
     if call.input.dim() != 2:
         return f"its input has shape {tuple(call.input.shape)}, and only (B, n), one row per sample, is counted"

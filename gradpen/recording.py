@@ -399,6 +399,8 @@ class CallRecorder(TorchFunctionMode):
             self.is_hooked |= func in _HOOKING
             return func(*args, **(kwargs or {}))
         op, input, weight, bias, options = read_arguments(*args, **(kwargs or {}))
+        if any(map(_changes_functions, (weight, bias))):
+            op = ""
         if op == "linear" and input.dim() == 2 and weight is not None and self._gate.admits(input):
             output = _EntryLinear.apply(input, weight, bias, self._gate)
         else:
@@ -407,6 +409,14 @@ class CallRecorder(TorchFunctionMode):
             edge = _graph.edge_of(output)
             self.calls.append(Call(op, input, weight, bias, options, edge, output.shape, input._version))
         return output
+
+
+def _changes_functions(tensor: Tensor | None) -> bool:
+    """Whether a tensor's type decides what torch's functions do with it: quantise it first, say."""
+    if tensor is None or type(tensor) in (Tensor, nn.Parameter):
+        return False
+    own = getattr(type(tensor).__torch_function__, "__func__", None)  # None: that of parameters, which does nothing
+    return own not in (None, getattr(Tensor.__torch_function__, "__func__"))
 
 
 _HOOKING = (Tensor.register_hook, Tensor.retain_grad)

@@ -451,3 +451,30 @@ def test_a_hook_on_a_layers_output_and_an_objective(weight):
     out = PenalizedLoss(F.cross_entropy, InputGradPenalty(weight), ParamGradPenalty(weight))(model, x, y)
     for name, oracle in (("input", ref.input_grad_sq_norm), ("param", ref.param_grad_sq_norm)):
         ref.assert_close(out.penalties[name], oracle(model, x, y, cases.cross_entropy_row).mean())
+
+
+class Squashed(torch.Tensor):
+    """A weight that layers squash before they use it, as quantised training rounds it."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is not F.linear:
+            return super().__torch_function__(func, types, args, kwargs)
+        x, weight, bias = args
+        weight = weight.as_subclass(torch.Tensor)
+        return F.linear(x, weight.tanh(), bias)
+
+
+@pytest.mark.filterwarnings("ignore:the gradients of")
+@pytest.mark.parametrize("layer", [0, 2])
+def test_a_weight_of_a_type_that_layers_use_in_another_way(layer):
+    model, (_, x, y, _) = cases.mlp(4, 5, 5, 3, activation=nn.Tanh).double(), cases.find("tanh").problem()
+    model[layer].weight = nn.Parameter(model[layer].weight.detach().as_subclass(Squashed))
+    for function, oracle in (
+        (input_grad_sq_norm, ref.input_grad_sq_norm),
+        (param_grad_sq_norm, ref.param_grad_sq_norm),
+    ):
+        ref.check(function(model, x, y), oracle(model, x, y, cases.cross_entropy_row), model)
+    report = evaluate_inequality(model, x, y)
+    ref.assert_close(report.rhs, ref.param_grad_sq_norm(model, x, y, cases.cross_entropy_row))
+    assert report.holds.all() and "type of its own" in report.excluded[0].reason
