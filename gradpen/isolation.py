@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradpen._attributes import attributes_kept
@@ -56,20 +56,21 @@ def state_kept(model: nn.Module) -> Iterator[None]:
         for module in model.modules()
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None
     ]
-    buffers = [
-        (module, name, buffer)
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
+    buffers = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+    copies: dict[int, Tensor] = {}  # one for a buffer that several modules share
     try:
         with random_streams_kept(), attributes_kept(model):
-            for module, name, buffer in buffers:  # the originals may be part of a graph that is still to be used
-                module._buffers[name] = buffer.clone()
+            for now, own in buffers:  # the originals may be part of a graph that is still to be used
+                for name, buffer in own.items():
+                    if buffer is not None:
+                        now[name] = copies.setdefault(id(buffer), buffer.clone())
             yield
     finally:
-        for module, name, buffer in buffers:
-            module._buffers[name] = buffer
+        for now, own in buffers:
+            for name in now.keys() - own.keys():
+                del now[name]
+            for name, buffer in own.items():
+                now[name] = buffer
         with torch.no_grad():
             for weight, before in renormed:
                 if not torch.equal(weight, before):

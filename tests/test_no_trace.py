@@ -26,7 +26,7 @@ HOOKS = [
 
 
 class Noisy(nn.Module):
-    """Draws from every random stream, changes a buffer, replaces another one, turns its own flag round."""
+    """Draws from every random stream, changes a buffer, replaces another one, makes new ones, turns its own flag round."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,6 +38,8 @@ class Noisy(nn.Module):
         self.train(not self.training)
         self.in_place += 1
         self.replaced = self.replaced + torch.rand(2) + np.random.rand() + random.random()
+        self.absent = torch.ones(2)
+        self.register_buffer("late", torch.ones(2))
         return x * (1 + 0 * torch.rand_like(x))
 
 
@@ -219,3 +221,38 @@ def test_between_forward_and_backward():
     evaluate_inequality(model, x, y)
     loss.backward()
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), expected, strict=True))
+
+
+class SharedStep(nn.Module):
+    """One buffer of two modules, changed in place by one and read by the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.first.register_buffer("step", torch.zeros(()))
+        self.last.register_buffer("step", self.first.step)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.first.step += 1
+        return self.last(self.first(x).tanh()) * self.last.step
+
+
+def test_a_buffer_that_modules_share_stays_shared():
+    model, x = SharedStep(), torch.randn(5, 4)
+    report = evaluate_inequality(model, x, None, of="output")
+    assert model.first.step is model.last.step and model.first.step == 0
+    model.first.step.fill_(1)
+    once = nn.Sequential(model.first, nn.Tanh(), model.last)
+    torch.testing.assert_close(report.rhs, evaluate_inequality(once, x, None, of="output").rhs)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_scripted_model_gets_its_buffers_back():
+    model, x = torch.jit.script(cases.batch_norm()), torch.randn(5, 4)
+    before = snapshot_of_buffers(model)
+    evaluate_inequality(model, x, None, of="output")
+    assert before and snapshot_of_buffers(model) == before
+
+
+def snapshot_of_buffers(model: nn.Module) -> list[tuple[str, Any]]:
+    return [(name, buffer.tolist()) for name, buffer in model.named_buffers()]
