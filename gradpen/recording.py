@@ -363,6 +363,7 @@ class _EntryLinear(torch.autograd.Function):
     def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None, gate: InputGate) -> Tensor:
         ctx.save_for_backward(h, weight)
         ctx.gate = gate
+        ctx.of_leaves = weight.is_leaf and (bias is None or bias.is_leaf)  # others may be made of x, or by other layers
         return F.linear(h, weight, bias)
 
     @staticmethod
@@ -370,10 +371,11 @@ class _EntryLinear(torch.autograd.Function):
         h, weight = ctx.saved_tensors
         to_input, to_weight, to_bias = ctx.needs_input_grad[:3]
         gate = ctx.gate
+        skips_parameters = gate.inputs_only and ctx.of_leaves
         return (
             delta @ weight if to_input and not gate.closed else None,
-            delta.t() @ h if to_weight and not gate.inputs_only else None,
-            delta.sum(0) if to_bias and not gate.inputs_only else None,
+            delta.t() @ h if to_weight and not skips_parameters else None,
+            delta.sum(0) if to_bias and not skips_parameters else None,
             None,
         )
 

@@ -327,3 +327,25 @@ def test_an_answer_is_kept_where_rows_are_no_samples_or_gradients_rounding(monke
 
     monkeypatch.setattr(mixing_of_samples, "_try_out", tried_out)
     param_grad_sq_norm(model, x, y, criterion=criterion)
+
+
+class ScaledByInput(nn.Module):
+    """The weight of the first layer depends on the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense, self.head = nn.Linear(4, 5), nn.Linear(5, cases.CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(F.linear(x, self.dense.weight * x.abs().mean(), self.dense.bias).tanh())
+
+
+@pytest.mark.parametrize("function", QUANTITIES)
+def test_a_path_between_samples_through_the_weight_of_the_first_layer_is_found(function):
+    model, (_, x, y, _) = ScaledByInput().double(), cases.find("relu").problem()
+    with pytest.raises(RuntimeError, match="mixes the samples"):
+        function(model, x, y)
+    if function is input_grad_sq_norm:
+        ref.check(
+            function(model, x[:1], y[:1]), ref.input_grad_sq_norm(model, x[:1], y[:1], cases.cross_entropy_row), model
+        )

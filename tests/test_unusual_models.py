@@ -478,3 +478,23 @@ def test_a_weight_of_a_type_that_layers_use_in_another_way(layer):
     report = evaluate_inequality(model, x, y)
     ref.assert_close(report.rhs, ref.param_grad_sq_norm(model, x, y, cases.cross_entropy_row))
     assert report.holds.all() and "type of its own" in report.excluded[0].reason
+
+
+class Generated(nn.Module):
+    """Another layer makes the weight of the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.code, self.maker, self.head = nn.Parameter(torch.randn(1, 2)), nn.Linear(2, 20), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(F.linear(x, self.maker(self.code).view(5, 4)).tanh())
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_a_layer_that_makes_the_weight_of_the_first(batch):
+    model, (_, x, y, _) = Generated().double(), cases.find("tanh").problem(batch=batch)
+    out = PenalizedLoss(F.cross_entropy, InputGradPenalty(0.1), ParamGradPenalty(0.1))(model, x, y)
+    for name, oracle in (("input", ref.input_grad_sq_norm), ("param", ref.param_grad_sq_norm)):
+        ref.check(out.penalties[name], oracle(model, x, y, cases.cross_entropy_row).mean(), model)
+    ref.assert_close(evaluate_inequality(model, x, y).rhs, ref.param_grad_sq_norm(model, x, y, cases.cross_entropy_row))
