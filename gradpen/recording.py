@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -79,7 +80,7 @@ def record_forward(model: nn.Module, x: Any, *, input_grad: bool, calls: bool) -
         TypeError: if `input_grad` and no input is a floating-point tensor.
         RuntimeError: if `input_grad` and the model changes its input in place.
     """
-    fed = map_floats(x, requiring_grad) if input_grad else x
+    fed = requiring_grad_apart(x) if input_grad else x
     inputs = float_tensors(fed)
     if input_grad and not inputs:
         way = "convert it (x.float()), or penalise an embedding instead of integer indices"
@@ -96,7 +97,7 @@ def record_forward(model: nn.Module, x: Any, *, input_grad: bool, calls: bool) -
         with in_place_explained(input_grad):
             return Recording(call_model(model, fed), inputs)
     given = {id(tensor) for tensor in float_tensors(x)}
-    gate = InputGate([tensor for tensor in inputs if input_grad and id(tensor) not in given])
+    gate = InputGate([tensor for tensor in inputs if input_grad and tensor.is_leaf and id(tensor) not in given])
     with CallRecorder(gate) as recorder, in_place_explained(input_grad):
         output = call_model(model, fed)
     return Recording(output, inputs, recorder.calls, gate, recorder.is_hooked or saved_tensors_are_hooked())
@@ -488,6 +489,12 @@ LAYER_FUNCTIONS: dict[Callable[..., Any], Callable[..., _Arguments]] = {
     F.layer_norm: _layer_norm,
     F.group_norm: _group_norm,
 }
+
+
+def requiring_grad_apart(x: Any) -> Any:
+    """`requiring_grad` of every floating-point tensor of an input; one that is given twice has a gradient at each place."""
+    given = Counter([id(tensor) for tensor in float_tensors(x) if tensor.requires_grad])
+    return map_floats(x, lambda tensor: tensor.view_as(tensor) if given[id(tensor)] > 1 else requiring_grad(tensor))
 
 
 def requiring_grad(tensor: Tensor) -> Tensor:

@@ -379,3 +379,28 @@ def test_input_values_without_a_graph(settings):
     values = input_grad_sq_norm(model, x, y, criterion=criterion, **settings, create_graph=False)
     assert not values.requires_grad
     ref.assert_close(values, input_grad_sq_norm(model, x, y, criterion=criterion, **settings))
+
+
+class Product(nn.Module):
+    """Of two dense layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.head = nn.Linear(4, 5), nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return self.head((self.left(a) * self.right(b)).tanh())
+
+
+@pytest.mark.parametrize("options", [{}, {"of": "output"}, {"method": "finite_difference"}])
+def test_a_tensor_that_is_given_twice_counts_at_each_place_whether_it_requires_grad_or_not(options):
+    model, (_, x, y, _) = Product().double(), cases.find("tanh").problem()
+    expected = input_grad_sq_norm(model, (x, x.clone()), y, **options)
+    ref.assert_close(input_grad_sq_norm(model, (x, x), y, **options), expected)
+    wanted = x.clone().requires_grad_()
+    actual = input_grad_sq_norm(model, (wanted, wanted), y, **options)
+    ref.assert_close(actual, expected)
+    if not options:
+        both = [x.clone().requires_grad_(), x.clone().requires_grad_()]
+        parts = torch.autograd.grad(input_grad_sq_norm(model, tuple(both), y).sum(), both)
+        ref.assert_close(torch.autograd.grad(actual.sum(), wanted)[0], sum(parts))
