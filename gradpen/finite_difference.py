@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gradpen._graph import GraphWalk, differentiate, reached_around, walk_graph
+from gradpen._graph import GraphWalk, differentiate, edge_of, reached_around, walk_graph
 from gradpen._numerics import divide_or_zero, is_at_hand, row_sq_norm, total_sq_norm
 from gradpen.recording import call_with, float_tensors, map_floats
 
@@ -180,15 +180,22 @@ def with_known_gradient(
 
     Args:
         loss: 0-dim, with its graph.
-        x: what the model was given; where it requires grad, the graph behind it is left to the later backward pass.
+        x: what the model was given; where it requires grad, the graph behind it is left to the later backward pass, unless
+            the loss depends on what is behind it in other ways, too.
         along: other places of the graph at which the gradient is wanted; leaves among them get none of it later.
         walk: that of the graph of `loss`, or of what it is the mean of, if it is known.
     """
     boundary = [tensor for tensor in float_tensors(x) if tensor.requires_grad]
     not_later = {id(place) for place in along}
     behind = [tensor.grad_fn for tensor in boundary if tensor.grad_fn is not None]
-    if walk is None or behind:
-        walk = walk_graph(loss, stop_at=behind)
+    if behind:
+        beside = walk_graph(loss, stop_at=behind)
+        if _are_functions_of_others(boundary, beside):  # whose gradients, computed now, have gone through x already
+            boundary, walk = [], walk_graph(loss)
+        else:
+            walk = beside
+    elif walk is None:
+        walk = walk_graph(loss)
     leaves = [leaf for leaf in walk.leaves.values() if id(leaf) not in not_later]
     sources = list({id(tensor): tensor for tensor in (*leaves, *boundary)}.values())
     places: list[Any] = [*sources, *along]
@@ -196,6 +203,16 @@ def with_known_gradient(
     used = [(source, g) for source, g in zip(sources, gradients, strict=False) if g is not None]
     replayed = _Replay.apply(loss.detach(), [g for _, g in used], *(source for source, _ in used))
     return KnownGradient(replayed, {id(source): g for source, g in used}, list(gradients[len(sources) :]))
+
+
+def _are_functions_of_others(boundary: Sequence[Tensor], beside: GraphWalk) -> bool:
+    """Whether one of the tensors was computed from another, or from a leaf that the loss depends on beside them."""
+    nodes = {edge_of(tensor).node for tensor in boundary}
+    return any(
+        not beside.leaves.keys().isdisjoint(behind.leaves) or nodes & (behind.nodes - {tensor.grad_fn})
+        for tensor in boundary
+        for behind in [walk_graph(tensor)]
+    )
 
 
 class _Replay(torch.autograd.Function):

@@ -607,6 +607,40 @@ def test_the_gradient_behind_an_input_that_is_trained(problem):
     ref.assert_close(actual, expected)
 
 
+class TiedHead(nn.Module):
+    """From rows of a table, and a second input, to scores of every row of the table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(7, 4)
+        self.dense = nn.Linear(4, 4)
+
+    def forward(self, rows, others):
+        return F.linear(self.dense(rows).tanh() * others, self.table.weight)
+
+
+@pytest.mark.parametrize("second", [torch.sin, torch.zeros_like], ids=["of_the_first", "of_nothing"])
+@pytest.mark.parametrize(
+    "penalty",
+    [
+        ParamGradPenalty(0.0, parameters="dense.*"),
+        InputGradPenalty(0.0, method="finite_difference"),
+        ParamGradPenalty(1e-14, over="batch", method="finite_difference", parameters="dense.*"),
+    ],
+    ids=["exact", "input_difference", "param_difference"],
+)
+def test_the_gradient_behind_inputs_that_the_model_knows_otherwise(penalty, second):
+    """x computed from a parameter of the model, and from other parts of x: nothing is handed over twice."""
+    torch.manual_seed(0)
+    model = TiedHead().double()
+    tokens, y = torch.randint(7, (5,)), torch.randint(7, (5,))
+    rows = model.table(tokens)
+    x = (rows, 1 + second(rows))
+    expected = ref.flat_gradient(F.cross_entropy(model(*x), y), model)
+    out = PenalizedLoss(F.cross_entropy, penalty)(model, x, y)
+    assert ref.relative_error(ref.flat_gradient(out.loss, model), expected) < 1e-10
+
+
 # ---- schedules and state --------------------------------------------------------------------------------------------------
 
 
