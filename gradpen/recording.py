@@ -504,6 +504,12 @@ def requiring_grad(tensor: Tensor) -> Tensor:
     return (tensor.clone() if tensor.is_inference() else tensor.detach()).requires_grad_()
 
 
+def requiring_grad_apart(x: Any) -> Any:
+    """An input whose floating-point tensors require grad, and are neither one tensor nor functions of each other."""
+    several = sum(tensor.requires_grad for tensor in float_tensors(x)) > 1
+    return map_floats(x, lambda t: t.view_as(t) if several and t.requires_grad else requiring_grad(t))
+
+
 def _describe(x: Any) -> str:
     found = [str(tensor.dtype) for tensor in tensors_of(x)]
     return f"input of dtype {', '.join(found)}" if found else type(x).__name__

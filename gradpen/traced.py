@@ -42,7 +42,7 @@ from gradpen import (
 from gradpen.criteria import Criterion, scalar_per_sample
 from gradpen.evaluation import Evaluation
 from gradpen.isolation import state_kept
-from gradpen.recording import Call, Recording, RngState, call_model, call_with, float_tensors, map_floats, tensors_of
+from gradpen.recording import Call, Recording, RngState, call_model, call_with, float_tensors, tensors_of
 from gradpen.terms import GroupNorms, InputTerm, ParamTerm, Term, select_parameters
 
 # put into the graph as they are: Dynamo refuses `torch.autograd.grad` and `requires_grad_`, the compiler behind it does not
@@ -341,7 +341,7 @@ class _Recorder(TorchFunctionMode):
 
 
 def _record(model: nn.Module, x: Any, *, input_grad: bool, calls: bool) -> Recording:
-    fed = map_floats(x, recording.requiring_grad) if input_grad else x
+    fed = recording.requiring_grad_apart(x) if input_grad else x
     if not calls:
         return Recording(call_model(model, fed), float_tensors(fed))
     recorder = _Recorder()

@@ -162,6 +162,25 @@ def test_the_gradient_reaches_what_the_input_was_computed_from():
         ref.assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("second", [lambda h: h, torch.sin], ids=["the_same", "of_the_first"])
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [({}, 1e-10), ({"method": "finite_difference", "scheme": "central", "step": 1e-4}, 1e-6)],
+    ids=["exact", "difference"],
+)
+def test_inputs_that_are_functions_of_each_other(options, tolerance, second):
+    """∂f/∂x of every input by itself, also where something is trained through them."""
+    case = cases.find("two_inputs_tuple")
+    model, (image, _, tokens), y, criterion = case.problem()
+    encoder = nn.Linear(4, 2).double()
+    model.image = nn.Linear(2, 4).double()
+    h = encoder(image)
+    x = (h, second(h), tokens)
+    actual = input_grad_sq_norm(model, x, y, criterion=criterion, **options)
+    expected = ref.input_grad_sq_norm(model, x, y, case.loss.row)
+    ref.check(actual, expected, nn.ModuleList([encoder, model]), tolerance)
+
+
 # ---- second derivatives ---------------------------------------------------------------------------------------------
 
 
