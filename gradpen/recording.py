@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -489,12 +488,6 @@ LAYER_FUNCTIONS: dict[Callable[..., Any], Callable[..., _Arguments]] = {
     F.layer_norm: _layer_norm,
     F.group_norm: _group_norm,
 }
-
-
-def requiring_grad_apart(x: Any) -> Any:
-    """`requiring_grad` of every floating-point tensor of an input; one that is given twice has a gradient at each place."""
-    given = Counter([id(tensor) for tensor in float_tensors(x) if tensor.requires_grad])
-    return map_floats(x, lambda tensor: tensor.view_as(tensor) if given[id(tensor)] > 1 else requiring_grad(tensor))
 
 
 def requiring_grad(tensor: Tensor) -> Tensor:
