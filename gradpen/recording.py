@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -93,27 +93,34 @@ def record_forward(model: nn.Module, x: Any, *, input_grad: bool, calls: bool) -
         return Recording(call_model(model, fed), inputs)
     # torch would compile modules piece by piece under a mode
     if not calls and any(map(_checks.is_compiled, model.modules())):
-        with in_place_explained(input_grad):
+        with in_place_explained(inputs if input_grad else []):
             return Recording(call_model(model, fed), inputs)
     given = {id(tensor) for tensor in float_tensors(x)}
     gate = InputGate([tensor for tensor in inputs if input_grad and tensor.is_leaf and id(tensor) not in given])
-    with CallRecorder(gate) as recorder, in_place_explained(input_grad):
+    with CallRecorder(gate) as recorder, in_place_explained(inputs if input_grad else []):
         output = call_model(model, fed)
     return Recording(output, inputs, recorder.calls, gate, recorder.is_hooked or saved_tensors_are_hooked())
 
 
 @contextlib.contextmanager
-def in_place_explained(input_grad: bool, who: str = "the model") -> Iterator[None]:
-    """What PyTorch says of "leaf variables" means the input, which the user may never have asked to require grad."""
+def in_place_explained(inputs: Sequence[Tensor], who: str = "the model") -> Iterator[None]:
+    """What PyTorch says of "leaf variables" means the input, which the user may never have asked to require grad.
+
+    Of inputs that are no leaves it says nothing, and differentiates with respect to what they have become.
+    """
+    refusal = (
+        f"{who} changes its input in place (`x += …`, or nn.ReLU(inplace=True) as its first layer), so that the "
+        "values are lost at which its gradient is wanted: replace the operation by an ordinary one (`x = x + …`)"
+    )
+    versions = [tensor._version for tensor in inputs]
     try:
         yield
     except RuntimeError as error:
-        if not (input_grad and "leaf Variable that requires grad" in str(error) and "in-place" in str(error)):
+        if not (inputs and "leaf Variable that requires grad" in str(error) and "in-place" in str(error)):
             raise
-        raise RuntimeError(
-            f"{who} changes its input in place (`x += …`, or nn.ReLU(inplace=True) as its first layer), so that the "
-            "values are lost at which its gradient is wanted: replace the operation by an ordinary one (`x = x + …`)"
-        ) from error
+        raise RuntimeError(refusal) from error
+    if versions != [tensor._version for tensor in inputs]:
+        raise RuntimeError(refusal)
 
 
 def call_model(model: Callable[..., Any], x: Any) -> Any:

@@ -219,6 +219,15 @@ def test_a_model_that_changes_its_input_in_place_is_refused(function, options):
         function(Shifting().double(), x, y, method="finite_difference", **options)
 
 
+@pytest.mark.parametrize("options", [{}, {"of": "output"}, {"method": "finite_difference"}])
+def test_an_input_that_is_trained_is_not_changed_in_place_either(options):
+    _, x, y, _ = cases.find("tanh").problem()
+    scale = torch.ones((), dtype=x.dtype, requires_grad=True)
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 3)).double()
+    with pytest.raises(RuntimeError, match="in place"):
+        input_grad_sq_norm(model, x * scale, y, **options)
+
+
 def test_sparse_gradients_are_displaced():
     _, _, y, _ = cases.find("tanh").problem()
     tokens = torch.randint(7, (len(y), 3), generator=torch.Generator().manual_seed(0))

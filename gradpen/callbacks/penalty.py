@@ -181,7 +181,7 @@ class GradPenaltyCallback(Callback):
         with (
             _outputs_of(self._model_of(pl_module)) as outputs,
             CallRecorder(recording.gate) as recorder,
-            in_place_explained(bool(recording.inputs), "training_step, or the model,"),
+            in_place_explained(recording.inputs, "training_step, or the model,"),
         ):
             returned = step(fed)
         if any(isinstance(term, InputTerm) and term.of == "output" for term in terms):
