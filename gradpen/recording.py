@@ -201,7 +201,7 @@ def call_with(
     """
     copies = copied_buffers(model) if buffers is None else {name: buffer.clone() for name, buffer in buffers.items()}
     tensors = _at_all_places(model, copies | dict(replaced))
-    kept = contextlib.nullcontext() if torch.compiler.is_compiling() else attributes_kept(model)
+    kept = contextlib.nullcontext() if torch.compiler.is_compiling() else _attributes_of_second_pass(model)
     with kept:
         whole = model
         if then is not None or not torch.compiler.is_compiling():
@@ -212,6 +212,16 @@ def call_with(
             return torch.func.functional_call(whole, tensors, (), dict(x), tie_weights=False)
         args = tuple(x) if isinstance(x, (tuple, list)) else (x,)
         return torch.func.functional_call(whole, tensors, args, tie_weights=False)
+
+
+@contextlib.contextmanager
+def _attributes_of_second_pass(model: nn.Module) -> Iterator[None]:
+    """`attributes_kept`; the first pass has shortened rows of Embedding(max_norm=…), and displaced ones stay as they are."""
+    with attributes_kept(model):
+        for module in model.modules():
+            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+                module.max_norm = None
+        yield
 
 
 class _AndThen(nn.Module):

@@ -240,6 +240,20 @@ def test_sparse_gradients_are_displaced():
     ref.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("over", ["batch", 2])
+def test_displaced_rows_are_not_shortened(over):
+    torch.manual_seed(0)
+    tokens, y = torch.randint(7, (5, 3)), torch.randint(3, (5,))
+    model = nn.Sequential(nn.Embedding(7, 4, max_norm=1.0), nn.Flatten(), nn.Tanh(), nn.Linear(12, 3)).double()
+    exact = param_grad_sq_norm(model, tokens, y, over=over).mean()
+    difference = param_grad_sq_norm(
+        model, tokens, y, over=over, method="finite_difference", scheme="central", step=1e-4
+    )
+    gradient = ref.flat_gradient(exact, model)
+    assert ref.relative_error(ref.flat_gradient(difference.mean(), model), gradient) < 1e-6
+    assert model[0].max_norm == 1.0
+
+
 class Weighted(NamedTuple):
     """A target with the weight of its sample."""
 
