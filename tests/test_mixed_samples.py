@@ -344,14 +344,11 @@ class ScaledByInput(nn.Module):
 def test_a_path_between_samples_through_the_weight_of_the_first_layer_is_found(function):
     model, (_, x, y, _) = ScaledByInput().double(), cases.find("relu").problem()
     with pytest.raises(RuntimeError, match="mixes the samples"):
-<<<<<<< HEAD
         function(model, x, y)
     if function is input_grad_sq_norm:
         ref.check(
             function(model, x[:1], y[:1]), ref.input_grad_sq_norm(model, x[:1], y[:1], cases.cross_entropy_row), model
         )
-=======
-        input_grad_sq_norm(model, x, torch.zeros(16, 1), criterion=F.mse_loss)
 
 
 def test_tokens_that_come_first_are_no_rounding(monkeypatch):
@@ -360,4 +357,3 @@ def test_tokens_that_come_first_are_no_rounding(monkeypatch):
     expected = [param_grad_sq_norm(model, x, y) for _ in range(3)][-1]
     monkeypatch.setattr("gradpen.mixing._try_out", None)
     ref.assert_close(param_grad_sq_norm(model, x, y), expected)
->>>>>>> Test: what is known of a model whose tokens come first is known for good

@@ -246,6 +246,15 @@ class TwoOutputs(Smooth):
         return F.cross_entropy(output["logits"], batch[1]) + output["h"].square().sum(1).mean()
 
 
+class ScaledGradient(Smooth):
+    """A hook of its own on what the first layer gives."""
+
+    def training_step(self, batch, batch_idx):
+        h = self.net[0](batch[0])
+        h.register_hook(lambda gradient: 2 * gradient)
+        return F.cross_entropy(self.net[1:](h), batch[1])
+
+
 class Single(Smooth):
     def training_step(self, batch, batch_idx=0):
         loss = F.cross_entropy(self.net(batch[0]), batch[1])
@@ -253,7 +262,9 @@ class Single(Smooth):
         return {"loss": loss, "extra": batch[1]}
 
 
-@pytest.mark.parametrize("module_class", [Smooth, Twice, Embedding, TwoOutputs, Single], ids=lambda c: c.__name__)
+@pytest.mark.parametrize(
+    "module_class", [Smooth, Twice, Embedding, TwoOutputs, ScaledGradient, Single], ids=lambda c: c.__name__
+)
 def test_values_are_those_of_the_samples_one_by_one(module_class):
     module = module_class()
     module.log = lambda *_: None  # there is no trainer yet

@@ -240,6 +240,27 @@ def test_sparse_gradients_are_displaced():
     ref.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("hooked", ["hidden", "output"])
+def test_hooks_that_change_gradients(hooked):
+    """In the model, on what a layer gave: its parameters have the gradient behind the hook, whatever else is asked for."""
+
+    class Hooked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dense, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            hidden = self.dense(x)
+            output = self.head(hidden.tanh())
+            {"hidden": hidden, "output": output}[hooked].register_hook(lambda gradient: -2 * gradient)
+            return output
+
+    _, x, y, _ = cases.find("tanh").problem()
+    model, loss = Hooked().double(), PenalizedLoss(F.cross_entropy, ParamGradPenalty(0.1), InputGradPenalty(0.1))
+    actual = loss(model, x, y).penalties["param"]
+    ref.check(actual, ref.param_grad_sq_norm(model, x, y, cases.cross_entropy_row).mean(), model)
+
+
 @pytest.mark.parametrize("over", ["batch", 2])
 def test_displaced_rows_are_not_shortened(over):
     torch.manual_seed(0)

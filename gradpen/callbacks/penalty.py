@@ -186,6 +186,7 @@ class GradPenaltyCallback(Callback):
             returned = step(fed)
         if any(isinstance(term, InputTerm) and term.of == "output" for term in terms):
             _check_called_once(outputs)
+        recording.is_hooked = recorder.is_hooked
         recording.calls, recording.output = recorder.calls, outputs[0] if len(outputs) == 1 else outputs
         loss = _loss_of(returned)
         norms = evaluate_loss_terms(pl_module, loss, recording, terms, batch_size=batch_size, reduction=self.reduction)
