@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -16,6 +17,7 @@ def attributes_kept(model: nn.Module) -> Iterator[None]:
 
     What changes deeper inside, or in place in a tensor, stays changed.
     """
+    scripted = _scripted(model)
     attributes = [(module, type(module), dict(vars(module))) for module in model.modules()]
     containers = {id(value): (value, _items(value)) for *_, found in attributes for value in _containers(found)}
     try:
@@ -26,6 +28,19 @@ def attributes_kept(model: nn.Module) -> Iterator[None]:
         for module, kind, found in attributes:
             if type(module) is kind:  # a lazy one has become another module
                 _put_back(vars(module), found)
+        for module, name, value in scripted:
+            setattr(module, name, value)
+
+
+def _scripted(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+    """What torch.jit holds outside of Python, the train/eval flag too: module, name and value of every attribute."""
+    found: list[tuple[nn.Module, str, Any]] = []
+    for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            kind: Any = torch._C.ConcreteModuleType.from_jit_type(module._c._type())
+            names = [name for name, (_, is_parameter) in kind.get_attributes().items() if not is_parameter]
+            found += [(module, name, getattr(module, name)) for name in names]
+    return found
 
 
 def _containers(attributes: dict[str, Any]) -> list[Any]:

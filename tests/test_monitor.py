@@ -237,6 +237,21 @@ def test_what_a_module_does_in_eval_is_not_done(tmp_path):
     assert traces(OfMerging, [InequalityMonitor(num_samples=16)], tmp_path / "watched", **options) == alone
 
 
+class Scripted(Noting):
+    """Its masks are drawn by what torch.jit has made, which holds the train/eval flag outside of Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[2] = torch.jit.script(self.net[2])
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_a_scripted_module_goes_on_in_train_mode(tmp_path):
+    alone = traces(Scripted, [], tmp_path / "alone")
+    assert traces(Scripted, [InequalityMonitor(every_n_steps=5, num_samples=16)], tmp_path / "watched") == alone
+    assert all(alone["modes"])
+
+
 class OfFactory(Plain):
     """A forward pass that makes a tensor of the default type."""
 

@@ -173,6 +173,27 @@ def test_an_embedding_keeps_rows_that_its_forward_pass_shortens():
     assert torch.equal(model[0].weight, before) and metric.compute() > 0
 
 
+class Counting(nn.Module):
+    """Attributes that torch.jit holds, once it is scripted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.last = 0, torch.zeros(())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        self.last = x.sum()
+        return x
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_a_scripted_module_has_its_attributes_again():
+    counting = torch.jit.script(Counting())
+    last, (x, y) = counting.last, data("mlp")
+    evaluate_inequality(nn.Sequential(nn.Linear(4, 6), counting, nn.Linear(6, 3)), x, y)
+    assert counting.calls == 0 and counting.last is last
+
+
 def test_hooks_on_parameters_do_not_run():
     model, (x, y) = MODELS["mapped"](), data("mapped")
     for parameter in model.parameters():
