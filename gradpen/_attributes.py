@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -15,14 +18,17 @@ from torch import nn
 def attributes_kept(model: nn.Module) -> Iterator[None]:
     """Attributes of all modules are afterwards as before; lists, dicts, sets and deques among them have their items again.
 
-    What changes deeper inside, or in place in a tensor, stays changed.
+    Random generators among them stand where they stood. What changes deeper inside, or in place in a tensor, stays changed.
     """
     scripted = _scripted(model)
     attributes = [(module, type(module), dict(vars(module))) for module in model.modules()]
     containers = {id(value): (value, _items(value)) for *_, found in attributes for value in _containers(found)}
+    rewinds = [rewind for *_, found in attributes for rewind in map(_rewind, found.values()) if rewind is not None]
     try:
         yield
     finally:
+        for rewind in rewinds:
+            rewind()
         for container, items in containers.values():
             _put_back(container, items)
         for module, kind, found in attributes:
@@ -41,6 +47,17 @@ def _scripted(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
             names = [name for name, (_, is_parameter) in kind.get_attributes().items() if not is_parameter]
             found += [(module, name, getattr(module, name)) for name in names]
     return found
+
+
+def _rewind(value: Any) -> Callable[[], object] | None:
+    """What puts a random generator back to where it stands now; None for anything else."""
+    if isinstance(value, torch.Generator):
+        return partial(value.set_state, value.get_state())
+    if isinstance(value, np.random.RandomState):
+        return partial(value.set_state, value.get_state())
+    if isinstance(value, np.random.Generator):
+        return partial(setattr, value.bit_generator, "state", value.bit_generator.state)
+    return partial(value.setstate, value.getstate()) if isinstance(value, random.Random) else None
 
 
 def _containers(attributes: dict[str, Any]) -> list[Any]:

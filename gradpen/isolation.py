@@ -24,9 +24,9 @@ def untouched(model: nn.Module) -> Iterator[None]:
     Inside: gradients are on (also within ``torch.inference_mode``), autocast is off, compiled modules run eagerly, attention
     runs in operations that can be differentiated twice. Afterwards: train/eval flags, buffers (the very tensors, with
     their contents), attributes, embeddings with ``max_norm``, and the random streams of torch (CPU and CUDA), NumPy and
-    Python are as before. ``.grad``, hooks and ``requires_grad`` are never touched. Of attributes, the lists, dicts and sets
-    have the items that they had; what a forward pass changes deeper inside, or in place in a tensor that is no buffer,
-    stays changed.
+    Python, and of generators that are attributes, are as before. ``.grad``, hooks and ``requires_grad`` are never touched.
+    Of attributes, the lists, dicts and sets have the items that they had; what a forward pass changes deeper inside, or in
+    place in a tensor that is no buffer, stays changed.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))

@@ -194,6 +194,28 @@ def test_a_scripted_module_has_its_attributes_again():
     assert counting.calls == 0 and counting.last is last
 
 
+class Drawing(nn.Module):
+    """Noise from random generators of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.torch, self.python = torch.Generator().manual_seed(0), random.Random(0)
+        self.numpy, self.older_numpy = np.random.default_rng(0), np.random.RandomState(0)
+
+    def draw(self) -> float:
+        drawn = torch.rand((), generator=self.torch).item(), self.python.random(), self.numpy.random()
+        return sum(drawn) + self.older_numpy.rand()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.draw()
+
+
+def test_random_generators_of_a_module_stand_where_they_stood():
+    drawing, (x, y) = Drawing(), data("mlp")
+    evaluate_inequality(nn.Sequential(nn.Linear(4, 6), drawing, nn.Linear(6, 3)), x, y)
+    assert drawing.draw() == Drawing().draw()
+
+
 def test_hooks_on_parameters_do_not_run():
     model, (x, y) = MODELS["mapped"](), data("mapped")
     for parameter in model.parameters():
