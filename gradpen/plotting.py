@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -96,13 +97,13 @@ def plot_history(history: Sequence[Row], title: str | None = None) -> Figure:
         rows = _series(history, name)
         label = f"layer {name}" if named else "_"
         _draw(panels[1], rows, [row["tightness"] for row in rows], color=colour, label=label)
-        first = next((row["coefficient"] for row in rows if row["coefficient"] > 0), None)
+        first = next((row["coefficient"] for row in rows if 0 < row["coefficient"] < math.inf), None)
         if first is not None:
             _draw(panels[2], rows, [row["coefficient"] / first for row in rows], color=colour, label=label)
             panels[2].set_yscale("log")
     panels[1].set_ylim(bottom=0)  # last: it keeps the top where it is
     if names:
-        panels[2].set_title("coefficients of the layers, relative to the first check")
+        panels[2].set_title("coefficients $c_t$ relative to the first check")
     if not named:
         _draw_depths(figure, panels[2], names)
     for axes in panels:
@@ -141,7 +142,7 @@ def _draw_sides(axes: Axes, whole: Sequence[Row]) -> None:
     _draw(axes, whole, left, color="C0", label=_LHS)
     axes.fill_between([row["step"] for row in whole], left, right, color="0.85", zorder=0)
     axes.set_title("both sides, mean over the probe")
-    if any(value > 0 for value in (*left, *right)):
+    if any(0 < value < math.inf for value in (*left, *right)):  # a log axis has no other places
         axes.set_yscale("log")
 
 

@@ -66,6 +66,24 @@ def test_what_overflows_is_left_out_of_the_figure():
     assert "5 of 5" in figure.axes[0].texts[0].get_text()
 
 
+def test_what_overflowed_in_a_check_is_left_out_of_the_curves():
+    report = evaluate_inequality(cases.mlp(4, 6, 3), *batch_of(5))
+    overflowed, *later = (report_rows(report, step=step, epoch=0) for step in (0, 5, 10))
+    for row in overflowed:
+        row |= {name: float("inf") for name in ("lhs", "rhs", "coefficient") if name in row}
+    figure = plot_history(overflowed)  # alone
+    figure.canvas.draw()
+    figure = plot_history([*overflowed, *later[0], *later[1]])
+    figure.canvas.draw()
+    assert [list(line.get_ydata()) for line in figure.axes[2].lines] == [[float("inf"), 1, 1]] * 2
+
+
+def test_the_coefficients_of_all_norms_have_one_name():
+    """They are other fractions with norm="joint"."""
+    rows = report_rows(evaluate_inequality(cases.mlp(4, 6, 3), *batch_of(5), norm="joint"), step=0, epoch=0)
+    assert "W" not in plot_history(rows).axes[2].get_title()
+
+
 @pytest.mark.parametrize("depth", [2, 14])
 def test_many_names_of_layers_stand_upright(depth):
     model = nn.Sequential(*[module for _ in range(depth) for module in (nn.Linear(4, 4), nn.Tanh())])
