@@ -260,6 +260,21 @@ def test_what_cannot_be_found_can_be_said(tmp_path):
     torch.testing.assert_close(found.report.lhs, report.lhs)
 
 
+@pytest.mark.parametrize("kind", [torch.int32, torch.int16, torch.uint8])
+def test_classes_may_be_integers_of_any_type(kind, tmp_path):
+    class Converting(Plain):
+        def training_step(self, batch, batch_idx):
+            return super().training_step((batch[0], batch[1].long()), batch_idx)
+
+    found, given = (
+        InequalityMonitor(num_samples=8),
+        InequalityMonitor(num_samples=8, probe=DATA[probe_rows(8)], prefix="as long"),
+    )
+    train = DataLoader(TensorDataset(DATA.tensors[0], DATA.tensors[1].to(kind)), 16)
+    run(Converting(), [found, given], tmp_path, train=train, limit_val_batches=0)
+    assert found.history == given.history
+
+
 class OfTwoClasses(Plain):
     """One output, the logit of the second class."""
 

@@ -344,6 +344,8 @@ class InequalityMonitor(Callback):
             _in_eval_mode(pl_module, part)
             _without_records(pl_module)
             criterion, how = find_criterion(pl_module, self.criterion, y)
+            if how == INTEGER_TARGETS:
+                y = y.long()  # the one type that classes have everywhere
             evaluate: Callable[..., InequalityReport] = evaluate_inequality
             if _shards.num_processes() > 1:
                 _shards.take_buffers_of_first_process(pl_module)
