@@ -260,6 +260,48 @@ def test_what_cannot_be_found_can_be_said(tmp_path):
     torch.testing.assert_close(found.report.lhs, report.lhs)
 
 
+class OfImages(Plain):
+    """What is flattened in its step."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step((batch[0].flatten(1), batch[1]), batch_idx)
+
+
+def test_an_error_in_a_check_comes_with_what_was_tried(tmp_path, caplog):
+    data = TensorDataset(DATA.tensors[0].unflatten(1, (3, 4)), DATA.tensors[1])
+    options = {"train": DataLoader(data, 16), "limit_val_batches": 0}
+    with caplog.at_level(logging.INFO), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        run(OfImages(), [InequalityMonitor(num_samples=8)], tmp_path, **options)
+    assert "called net (Sequential) with an input of shape (8, 3, 4)" in caplog.text and "inputs=" in caplog.text
+    found = InequalityMonitor(num_samples=8, inputs=lambda batch: batch[0].flatten(1))
+    run(OfImages(), [found], tmp_path, **options)
+    assert steps(found) == [0, 12]
+
+
+class OfBatches(Plain):
+    """A method that is called as a criterion is, and takes a batch."""
+
+    def loss_fn(self, batch):
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "words"),
+    [
+        (
+            OfBatches,
+            {},
+            r"expected OfBatches.loss_fn to be a criterion .* got OfBatches.loss_fn\(batch\).* with criterion=",
+        ),
+        (Plain, {"criterion": "objective"}, "expected criterion='objective' to name an attribute of Plain, got none"),
+        (Plain, {"model": "net.7"}, "expected model='net.7' to name a part of Plain"),
+    ],
+)
+def test_what_is_no_criterion_and_no_part_is_refused(make, options, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        run(make(), [InequalityMonitor(num_samples=8, **options)], tmp_path)
+
+
 @pytest.mark.parametrize("kind", [torch.int32, torch.int16, torch.uint8])
 def test_classes_may_be_integers_of_any_type(kind, tmp_path):
     class Converting(Plain):

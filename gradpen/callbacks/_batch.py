@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -39,12 +40,15 @@ def find_model(module: nn.Module, model: str | Callable[[nn.Module], nn.Module] 
     The module itself if it defines ``forward``, else its only child with parameters, or what is found likewise within that.
 
     Raises:
-        ValueError: if neither is the case.
+        ValueError: if neither is the case, or there is no part of the name that is given.
     """
     if isinstance(model, nn.Module):
         return model
     if isinstance(model, str):
-        return module.get_submodule(model)
+        try:
+            return module.get_submodule(model)
+        except AttributeError as error:
+            raise ValueError(f"expected model={model!r} to name a part of {type(module).__name__}: {error}") from error
     if model is not None:
         return model(module)
     if _has_forward(module):
@@ -71,14 +75,23 @@ def find_criterion(module: nn.Module, criterion: Any, y: Any) -> tuple[Callable[
 
     The module's attribute ``criterion`` or ``loss_fn``, else cross entropy for integer targets and the mean squared
     error for floating-point ones.
+
+    Raises:
+        ValueError: if there is no attribute of the name that is given, the one that is found takes no output and target, or
+            targets of several tensors leave the choice open.
     """
     if isinstance(criterion, str):
+        if not hasattr(module, criterion):
+            raise ValueError(
+                f"expected criterion={criterion!r} to name an attribute of {type(module).__name__}, got none"
+            )
         return getattr(module, criterion), f"attribute {criterion!r}"
     if criterion is not None:
         return criterion, "given"
     for name in ("criterion", "loss_fn"):
         found = getattr(module, name, None)
         if callable(found):
+            _check_takes_two(found, f"{type(module).__name__}.{name}")
             return found, f"attribute {name!r}"
     if isinstance(y, Tensor) and not y.is_floating_point():
         return F.cross_entropy, INTEGER_TARGETS
@@ -87,6 +100,21 @@ def find_criterion(module: nn.Module, criterion: Any, y: Any) -> tuple[Callable[
     raise ValueError(
         f"expected targets of one tensor to choose a criterion for, got {type(y).__name__}: give criterion=…"
     )
+
+
+def _check_takes_two(criterion: Callable[..., Any], name: str) -> None:
+    """A method may be called like a criterion and take a batch."""
+    try:
+        signature = inspect.signature(criterion)
+    except (TypeError, ValueError):  # of what is not written in Python
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError:
+        raise ValueError(
+            f"expected {name} to be a criterion of (output, target), as its name says, got {name}{signature}: say what the "
+            "loss is with criterion=…"
+        ) from None
 
 
 def mse_loss(output: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:

@@ -28,6 +28,7 @@ from gradpen.inequality import NotFiniteError, evaluate_inequality
 from gradpen.isolation import random_streams_kept, state_kept, untouched
 from gradpen.layer_norms import NORMS
 from gradpen.plotting import plot_history
+from gradpen.recording import tensors_of
 from gradpen.report import InequalityReport
 
 if TYPE_CHECKING:
@@ -352,8 +353,11 @@ class InequalityMonitor(Callback):
                 evaluate = _shards.evaluate_shared
             try:
                 report = evaluate(part, x, y, criterion=criterion, **self._settings)
-            except IndexError as error:
-                if how != INTEGER_TARGETS:
+            except NotFiniteError:
+                raise
+            except Exception as error:  # the input may be flattened in training_step, and much else
+                rank_zero_info(_what_was_tried(pl_module, part, x))
+                if not isinstance(error, IndexError) or how != INTEGER_TARGETS:
                     raise
                 raise ValueError(
                     "expected integer targets to be classes with one output each, for which cross entropy was chosen, "
@@ -453,6 +457,15 @@ def _in_eval_mode(*modules: nn.Module) -> None:
     for module in modules:
         for part in module.modules():
             part.training = False
+
+
+def _what_was_tried(pl_module: LightningModule, part: nn.Module, x: Any) -> str:
+    """Said beside an error, which may be torch's own."""
+    shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_of(x))
+    return (
+        f"InequalityMonitor: the check that failed called {describe_part(pl_module, part)} with an input of shape {shapes}. "
+        "If training_step does something else, say so with model=, inputs=, targets= and criterion="
+    )
 
 
 def _without_records(pl_module: LightningModule) -> None:
