@@ -200,6 +200,20 @@ def test_it_says_what_the_evaluation_says_and_changes_nothing(case, tmp_path):
         assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-6), row["step"]
 
 
+def test_averaged_weights_are_seen_at_an_end_that_is_not_on_the_schedule_and_in_validation(tmp_path):
+    def averaged(found, module):
+        return torch.equal(found.report.lhs, evaluate_inequality(module.net.eval(), *DATA[probe_rows(8)]).lhs)
+
+    by_step = InequalityMonitor(every_n_steps=5, num_samples=8)
+    by_epoch = InequalityMonitor(every_n_epochs=1, num_samples=8, prefix="by epoch")
+    module = Plain()
+    trainer = run(module, [ema(), by_step, by_epoch], tmp_path)
+    assert steps(by_step) == [0, 5, 10, 12] and steps(by_epoch) == [0, 6, 12]
+    assert averaged(by_step, module) and not averaged(by_epoch, module)
+    trainer.validate(module, DataLoader(DATA, 16), verbose=False)
+    assert averaged(by_epoch, module)
+
+
 def test_state_that_is_neither_weight_nor_buffer_is_put_back(tmp_path):
     alone = traces(Carrying, [], tmp_path / "alone")
     watched = traces(Carrying, [InequalityMonitor(every_n_steps=1, num_samples=16)], tmp_path / "watched")
