@@ -142,9 +142,10 @@ def train(settings: Settings, images: Images, model: nn.Module, objective: Penal
     """
     out = Path(settings.out or f"runs/{images.key}-{settings.penalty}-s{settings.seed}")
     checkpoint = _checkpoint(settings, out)
-    monitor = _monitor(settings, images)
     timer = Timer()
-    trainer = _trainer(settings, images, out, [timer, monitor])
+    trainer = _trainer(settings, images, out, [timer])
+    monitor = _monitor(settings, images, trainer.world_size)
+    cast("list[Callback]", trainer.callbacks).insert(1, monitor)  # the timer counts its checks
     rank_zero_info(
         f"{images.name}: {len(images.train.y):,} training, {len(images.val.y):,} validation, "
         f"{len(images.test.y):,} test images; results go to {out}"
@@ -227,10 +228,11 @@ def _probe(settings: Settings, images: Images) -> Labelled:
     return images.probe(settings.probe_size, torch.float64 if settings.precision == "64-true" else torch.float32)
 
 
-def _monitor(settings: Settings, images: Images) -> InequalityMonitor:
+def _monitor(settings: Settings, images: Images, processes: int) -> InequalityMonitor:
     """Watches the inequality."""
+    steps = settings.epochs * _steps_per_epoch(settings, images, processes)
     return InequalityMonitor(
-        every_n_steps=max(10, settings.epochs * _steps_per_epoch(settings, images) // settings.checks),
+        every_n_steps=max(10, steps // settings.checks),
         every_n_epochs=settings.epochs,  # the end is part of the schedule, and so of the last epoch's checkpoint
         at=EARLY_CHECKS,
         probe=_probe(settings, images),
@@ -271,8 +273,8 @@ def _trainer(settings: Settings, images: Images, out: Path, callbacks: list[Call
         raise UserError(f"{asked} is refused by Lightning: {error}") from error
 
 
-def _steps_per_epoch(settings: Settings, images: Images) -> int:
-    return ceil(len(images.train.y) / settings.batch_size)
+def _steps_per_epoch(settings: Settings, images: Images, processes: int = 1) -> int:
+    return ceil(len(images.train.y) / (settings.batch_size * processes))
 
 
 def _fit(trainer: Trainer, classifier: Classifier, batches: ImageBatches, checkpoint: Path | None, out: Path) -> bool:

@@ -509,6 +509,13 @@ def test_batches_cover_the_data_whatever_the_number_of_processes(world_size: int
     assert shuffled == indices(0, 7) != indices(1, 7)
 
 
+def test_as_many_checks_as_asked_for_whatever_the_number_of_processes() -> None:
+    settings = parse("--epochs", "100", "--batch-size", "32", "--checks", "20")
+    digits = mnist.load_digits().split(None, 0, seed=0)
+    every = [training._monitor(settings, digits, processes).schedule.every_n_steps for processes in (1, 2)]
+    assert every == [100 * 45 // 20, 100 * 23 // 20]
+
+
 def test_the_objective_has_the_penalties_of_the_flags() -> None:
     settings = flags.with_default_weights(parse("--penalty", "both", "--param-weight", "0.5"), mnist.DEFAULT_WEIGHTS)
     penalties = {penalty.name: penalty.weight for penalty in objectives.penalised_loss(settings).penalties}
