@@ -56,21 +56,22 @@ def state_kept(model: nn.Module) -> Iterator[None]:
         for module in model.modules()
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None
     ]
-    buffers = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+    buffers = [(module, dict(module._buffers.items())) for module in model.modules()]
     copies: dict[int, Tensor] = {}  # one for a buffer that several modules share
     try:
         with random_streams_kept(), attributes_kept(model):
-            for now, own in buffers:  # the originals may be part of a graph that is still to be used
-                for name, buffer in own.items():
+            for module, found in buffers:  # the originals may be part of a graph that is still to be used
+                for name, buffer in found.items():
                     if buffer is not None:
-                        now[name] = copies.setdefault(id(buffer), buffer.clone())
+                        module._buffers[name] = copies.setdefault(id(buffer), buffer.clone())
             yield
     finally:
-        for now, own in buffers:
-            for name in now.keys() - own.keys():
-                del now[name]
-            for name, buffer in own.items():
-                now[name] = buffer
+        for module, found in buffers:
+            for name in set(module._buffers.keys()) - found.keys():  # made in the first forward pass
+                del module._buffers[name]
+                module._non_persistent_buffers_set.discard(name)
+            for name, buffer in found.items():
+                module._buffers[name] = buffer
         with torch.no_grad():
             for weight, before in renormed:
                 if not torch.equal(weight, before):

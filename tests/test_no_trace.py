@@ -173,6 +173,27 @@ def test_an_embedding_keeps_rows_that_its_forward_pass_shortens():
     assert torch.equal(model[0].weight, before) and metric.compute() > 0
 
 
+class Centred(nn.Module):
+    """Two buffers that the first forward pass makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.mean is None:
+            self.mean = x.detach().mean(0)
+            self.register_buffer("width", x.detach().std(0), persistent=False)
+        return (x - self.mean) / self.width
+
+
+def test_buffers_that_the_first_pass_makes_are_made_by_that_of_their_owner():
+    centred, (x, y) = Centred(), data("mlp")
+    evaluate_inequality(nn.Sequential(centred, nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)), x, y)
+    assert centred.mean is None and not hasattr(centred, "width") and not centred._non_persistent_buffers_set
+    torch.testing.assert_close(centred(2 * x).mean(0), torch.zeros(4))
+
+
 class Counting(nn.Module):
     """Attributes that torch.jit holds, once it is scripted."""
 
