@@ -25,8 +25,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
     runs in operations that can be differentiated twice. Afterwards: train/eval flags, buffers (the very tensors, with
     their contents), attributes, embeddings with ``max_norm``, and the random streams of torch (CPU and CUDA), NumPy and
     Python, and of generators that are attributes, are as before. ``.grad``, hooks and ``requires_grad`` are never touched.
-    Of attributes, the lists, dicts and sets have the items that they had; what a forward pass changes deeper inside, or in
-    place in a tensor that is no buffer, stays changed.
+    Of attributes, the lists, dicts and sets have the items that they had, and tensors their contents; what a forward pass
+    changes deeper inside, or in place in a parameter, stays changed.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -64,6 +64,7 @@ def state_kept(model: nn.Module) -> Iterator[None]:
                 for name, buffer in found.items():
                     if buffer is not None:
                         module._buffers[name] = copies.setdefault(id(buffer), buffer.clone())
+            _copy_tensor_attributes(model)
             yield
     finally:
         for module, found in buffers:
@@ -76,6 +77,14 @@ def state_kept(model: nn.Module) -> Iterator[None]:
             for weight, before in renormed:
                 if not torch.equal(weight, before):
                     weight.copy_(before)
+
+
+def _copy_tensor_attributes(model: nn.Module) -> None:
+    """What a forward pass changes in place is a copy then. One that several modules have stays one."""
+    copies: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        tensors = {name: value for name, value in vars(module).items() if type(value) is torch.Tensor}
+        vars(module).update({name: copies.setdefault(id(value), value.clone()) for name, value in tensors.items()})
 
 
 @contextlib.contextmanager

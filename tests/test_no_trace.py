@@ -194,6 +194,29 @@ def test_buffers_that_the_first_pass_makes_are_made_by_that_of_their_owner():
     torch.testing.assert_close(centred(2 * x).mean(0), torch.zeros(4))
 
 
+class Averaging(nn.Module):
+    """A running mean in an attribute that is no buffer, and that another module has too."""
+
+    def __init__(self, mean: torch.Tensor) -> None:
+        super().__init__()
+        self.mean = mean
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x - self.mean.lerp_(x.detach().mean(0), 0.5)
+
+
+def test_tensors_that_are_no_buffers_are_as_they_were():
+    mean, (x, y) = torch.zeros(4), data("mlp")
+    model = nn.Sequential(Averaging(mean), Averaging(mean), nn.Linear(4, 3))
+    report = evaluate_inequality(model, x, y)
+    assert all(part.mean is mean for part in model[:2]) and not mean.any()
+    first = x - x.mean(0) / 2
+    torch.testing.assert_close(
+        report.layers[0].input_sq_norm,
+        (first - mean.lerp(x.mean(0), 0.5).lerp(first.mean(0), 0.5)).square().sum(1).double(),
+    )
+
+
 class Counting(nn.Module):
     """Attributes that torch.jit holds, once it is scripted."""
 
