@@ -357,3 +357,47 @@ def test_tokens_that_come_first_are_no_rounding(monkeypatch):
     expected = [param_grad_sq_norm(model, x, y) for _ in range(3)][-1]
     monkeypatch.setattr("gradpen.mixing._try_out", None)
     ref.assert_close(param_grad_sq_norm(model, x, y), expected)
+
+
+class WithMean(nn.Module):
+    """A little of what all samples have in common is added to each."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.dense, self.head, self.share = nn.Linear(8, 16), nn.Linear(16, 3), share
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.dense(x).tanh()
+        return self.head(h + self.share * h.mean(0))
+
+
+@pytest.mark.parametrize("batch", [2, 3, 256])
+@pytest.mark.parametrize(("share", "dtype", "autocast"), [(1e-3, torch.float32, False), (0.1, torch.float32, True)])
+def test_a_little_mixing_is_seen(share, dtype, autocast, batch):
+    torch.manual_seed(1)
+    model, x, y = WithMean(share), torch.randn(batch, 8), torch.randint(3, (batch,))
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        pytest.raises(RuntimeError, match="mixes the samples"),
+    ):
+        input_grad_sq_norm(model, x, y)
+
+
+@pytest.mark.parametrize("batch", [2, 3, 64])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_what_cancels_between_samples_mixes_nothing(batch, autocast):
+    """The largest score of the whole batch, subtracted for the sake of the range."""
+    torch.manual_seed(0)
+    model, x, y = (
+        nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3)),
+        torch.randn(batch, 8),
+        torch.randint(3, (batch,)),
+    )
+
+    def shifted(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        scores = (output - output.max()).exp()
+        return -(scores.gather(1, target[:, None])[:, 0] / scores.sum(1)).log()
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        actual = input_grad_sq_norm(model, x, y, criterion=shifted)
+        ref.assert_close(actual, input_grad_sq_norm(model, x, y), 0.1 if autocast else 1e-4)
