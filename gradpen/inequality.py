@@ -90,13 +90,8 @@ def evaluate_inequality(
         learning" (2021, arXiv 2111.15090).
     """
     _checks.check_model(model)
-    if not callable(of):
-        _checks.check_choice("of", of, ("loss", "output"))
-    _checks.check_choice("norm", norm, NORMS)
+    check_options(of, norm, delta, rtol)
     _checks.check_choice("method", method, METHODS)
-    if not 0 < delta < 1:
-        raise ValueError(f"delta must be a probability between 0 and 1, got {delta}")
-    _checks.check_positive("rtol", rtol)
     _checks.check_positive_int("memory_budget", memory_budget)
     _checks.check_no_batch_statistics(model, "the inequality")
     model = _original_module(model)
@@ -118,6 +113,20 @@ def evaluate_inequality(
             if chain is not None and not bool(report.holds.all()):  # a hook on one of its nodes, which nobody can see
                 report = _report(model, recording, sides, parameters, None, settings, name)
         return report
+
+
+def check_options(of: object, norm: str, delta: float, rtol: float) -> None:
+    """Those that others take, too, and hand on later.
+
+    Raises:
+        ValueError: if `evaluate_inequality` would refuse them.
+    """
+    if not callable(of):
+        _checks.check_choice("of", of, ("loss", "output"))
+    _checks.check_choice("norm", norm, NORMS)
+    if not 0 < delta < 1:
+        raise ValueError(f"delta must be a probability between 0 and 1, got {delta}")
+    _checks.check_positive("rtol", rtol)
 
 
 def _report(

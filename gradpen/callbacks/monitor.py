@@ -24,9 +24,8 @@ from gradpen.callbacks._lightning import Callback
 from gradpen.callbacks._probe import VALIDATION_SET, draw_probe, fingerprint, probe_loader
 from gradpen.callbacks._schedule import Schedule
 from gradpen.history import BY_LAYER, Row, flat_metrics, report_rows, write_csv
-from gradpen.inequality import NotFiniteError, evaluate_inequality
+from gradpen.inequality import NotFiniteError, check_options, evaluate_inequality
 from gradpen.isolation import random_streams_kept, state_kept, untouched
-from gradpen.layer_norms import NORMS
 from gradpen.plotting import plot_history
 from gradpen.recording import tensors_of
 from gradpen.report import InequalityReport
@@ -123,7 +122,7 @@ class InequalityMonitor(Callback):
             every_n_steps = DEFAULT_EVERY_N_STEPS
         self.schedule = Schedule(every_n_steps, every_n_epochs, at)
         _checks.check_positive_int("num_samples", num_samples)
-        _checks.check_choice("norm", norm, NORMS)
+        check_options(of, norm, delta, rtol)
         _checks.check_choice("by_layer", by_layer, BY_LAYER)
         _checks.check_choice("on_violation", on_violation, ("warn", "raise", "ignore"))
         _check_probe(probe)
