@@ -63,7 +63,7 @@ def state_kept(model: nn.Module) -> Iterator[None]:
             for module, found in buffers:  # the originals may be part of a graph that is still to be used
                 for name, buffer in found.items():
                     if buffer is not None:
-                        module._buffers[name] = copies.setdefault(id(buffer), buffer.clone())
+                        module._buffers[name] = _copy_once(buffer, copies)
             _copy_tensor_attributes(model)
             yield
     finally:
@@ -81,10 +81,17 @@ def state_kept(model: nn.Module) -> Iterator[None]:
 
 def _copy_tensor_attributes(model: nn.Module) -> None:
     """What a forward pass changes in place is a copy then. One that several modules have stays one."""
-    copies: dict[int, torch.Tensor] = {}
+    copies: dict[int, Tensor] = {}
     for module in model.modules():
-        tensors = {name: value for name, value in vars(module).items() if type(value) is torch.Tensor}
-        vars(module).update({name: copies.setdefault(id(value), value.clone()) for name, value in tensors.items()})
+        tensors = {name: value for name, value in vars(module).items() if type(value) is Tensor}
+        vars(module).update({name: _copy_once(value, copies) for name, value in tensors.items()})
+
+
+def _copy_once(tensor: Tensor, copies: dict[int, Tensor]) -> Tensor:
+    """The tensor's copy among those that there are, by id, or a new one."""
+    if id(tensor) not in copies:
+        copies[id(tensor)] = tensor.clone()
+    return copies[id(tensor)]
 
 
 @contextlib.contextmanager

@@ -284,7 +284,7 @@ def code_of(function: Any) -> Any:
 def _follows(before: Tensor, after: Tensor, factors: Tensor, tolerance: float) -> bool:
     """Whether every row i of `after` is factors_i times that of `before`, up to rounding; NaN and infinities aside.
 
-    Where a factor is 0, there is less of it.
+    Of rounding there is less where a factor is 0.
     """
     if before.shape[0] != factors.shape[0]:
         return False
