@@ -534,7 +534,9 @@ def test_what_cannot_be_compiled(reason):
 
 
 @needs_compilable_torch
-@pytest.mark.parametrize("penalty", [ParamGradPenalty(), InputGradPenalty(method="finite_difference")])
+@pytest.mark.parametrize(
+    "penalty", [ParamGradPenalty(), ParamGradPenalty(over="batch"), InputGradPenalty(method="finite_difference")]
+)
 def test_a_graph_that_breaks_within_the_model(penalty):
     with pytest.raises(RuntimeError, match="within one graph"):
         torch.compile(PenalizedLoss(F.cross_entropy, penalty), backend="aot_eager")(Broken().double(), *batch_of())

@@ -827,13 +827,13 @@ def test_rounding_is_no_violation(build, norm, method):
 def test_norms_that_are_too_small_are_a_violation(monkeypatch, norm, factor):
     """Rounding excuses nothing else: not what is wrong beside it."""
 
-    def halved(*args):
+    def too_small(*args):
         zero = torch.zeros((), dtype=torch.float64)
         return [
             replace(found, denominator=Bracket(zero, found.denominator.upper / 100)) for found in layer_norms(*args)
         ]
 
-    monkeypatch.setattr(inequality, "layer_norms", halved)
+    monkeypatch.setattr(inequality, "layer_norms", too_small)
     torch.manual_seed(0)
     model, x = saturated(factor), 0.3 * torch.randn(16, 4)
     report = evaluate_inequality(model, x, None, of="output", norm=norm)
