@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from gradpen._numerics import rounding_tolerance, row_sq_norm, sum_tensors, widest_float
+from gradpen._products import times
 from gradpen.dense_chain import DenseChain
 from gradpen.spectral import normal_start
 
@@ -33,11 +36,12 @@ class JacobianOperator:
         columns: d.
         widest: entries of the longest vector on the way.
         part: indices of samples → the operator of these alone, at their share of the cost; None if there is no such thing.
-        support: (B, n), False where a row of J_b is known to be 0; None if nothing is known.
-        gram_within: (u, out) ↦ J Jᵀ u, written into `out`, for u that are 0 outside the support, as the products are
+        diagonal: (B, n), what the rows of J_b were multiplied by last, 0 where they are known to be 0; None if by nothing.
+        gram_within: (u, out) ↦ J Jᵀ u, written into `out`, for u that are 0 where the diagonal is, as the products are
             themselves; None if there is nothing to be gained.
         is_identity: J_b = I for every sample (the input itself).
         grams: of an identity: place of a weight in memory → products with W Wᵀ, which all that is built upon it share.
+        last: of D W J': what it was made of.
     """
 
     gram: MatVec
@@ -46,10 +50,11 @@ class JacobianOperator:
     columns: int
     widest: int
     part: Callable[[Tensor], JacobianOperator] | None = None
-    support: Tensor | None = None
+    diagonal: Tensor | None = None
     gram_within: Callable[[Tensor, Tensor], Tensor] | None = None
     is_identity: bool = False
     grams: dict[int, MatVec] = field(default_factory=dict)
+    last: Link | None = None
 
     @classmethod
     def identity(cls, template: Tensor, grams: dict[int, MatVec] | None = None) -> JacobianOperator:
@@ -66,20 +71,21 @@ class JacobianOperator:
             grams=grams,
         )
 
-    def times_weight(self, weight: Tensor) -> JacobianOperator:
-        """W J for a weight (m, n)."""
+    def times_weight(self, weight: Tensor, products: tuple[MatVec, MatVec] | None = None) -> JacobianOperator:
+        """W J for a weight (m, n), and, where they are known already, the products of rows with W and Wᵀ."""
         template = self.template.new_empty(()).expand(len(self.template), len(weight))
-        if self.is_identity:
+        if self.is_identity and products is None:
             gram = self.grams.setdefault(weight.data_ptr(), gram_of(weight))  # which keeps the weight
             return _shared_jacobian(weight, gram, template)
         part = self.part
+        down, up = products if products is not None else (times(weight), times(weight.T))
         return JacobianOperator(
-            gram=lambda u: self.gram(u @ weight) @ weight.T,
+            gram=lambda u: up(self.gram(down(u))),
             vjp=lambda u: self.vjp(u @ weight),
             template=template,
             columns=self.columns,
             widest=max(self.widest, len(weight)),
-            part=None if part is None else lambda rows: part(rows).times_weight(weight),
+            part=None if part is None else lambda rows: part(rows).times_weight(weight, (down, up)),
         )
 
     def times_diagonal(self, diagonal: Tensor, *, is_mask: bool = False) -> JacobianOperator:
@@ -96,8 +102,36 @@ class JacobianOperator:
             columns=self.columns,
             widest=self.widest,
             part=None if part is None else lambda rows: part(rows).times_diagonal(diagonal[rows], is_mask=is_mask),
-            support=diagonal != 0,
+            diagonal=diagonal,
             gram_within=gram_within,
+        )
+
+    def linked(self, weight: Tensor, diagonal: Tensor, *, is_mask: bool = False) -> JacobianOperator:
+        """D W J for a weight (m, n) and diagonals (B, m), all of 0 and 1 if `is_mask`."""
+        operator = self.times_weight(weight).times_diagonal(diagonal, is_mask=is_mask)
+        return replace(operator, last=Link(self, weight, diagonal, is_mask))
+
+    def with_identity(self) -> JacobianOperator:
+        """The same with one more sample, the last, whose Jacobian is I; columns of zeros make up for their numbers."""
+        size, part = len(self.template), self.part
+        columns = max(self.columns, self.template.shape[1])
+        template = self.template.new_empty(()).expand(size + 1, self.template.shape[1])
+        if self.is_identity:
+            return JacobianOperator.identity(template, self.grams)
+
+        def restricted(rows: Tensor) -> JacobianOperator:
+            assert part is not None
+            if int(rows[-1]) < size:
+                return part(rows)
+            return part(rows[:-1]).with_identity() if len(rows) > 1 else JacobianOperator.identity(template[:1])
+
+        return JacobianOperator(
+            gram=lambda u: torch.cat([self.gram(u[:-1]), u[-1:]]),
+            vjp=lambda u: torch.cat([F.pad(v, (0, columns - v.shape[1])) for v in (self.vjp(u[:-1]), u[-1:])]),
+            template=template,
+            columns=columns,
+            widest=self.widest,
+            part=None if part is None else restricted,
         )
 
     def restricted(self, rows: Tensor) -> JacobianOperator:
@@ -125,6 +159,20 @@ class JacobianOperator:
             yield unit
 
 
+class Link(NamedTuple):
+    """D W J', the way from one layer's input to the next one's."""
+
+    before: JacobianOperator  # J'
+    weight: Tensor  # (m, n)
+    diagonal: Tensor  # (B, m)
+    is_mask: bool
+
+    def with_weight(self) -> JacobianOperator:
+        """D W J' with W as one more sample, the last: it costs less so than as an operator of its own."""
+        rows = torch.cat([self.diagonal, torch.ones_like(self.diagonal[:1])])
+        return self.before.with_identity().linked(self.weight, rows, is_mask=self.is_mask)
+
+
 def gram_of(weight: Tensor) -> MatVec:
     """u ↦ W Wᵀ u for rows u, by the cheaper way: W Wᵀ is formed once, when first needed, unless W is low.
 
@@ -133,14 +181,24 @@ def gram_of(weight: Tensor) -> MatVec:
     rows, columns = weight.shape
 
     @functools.cache
-    def formed() -> Tensor | None:
-        product = weight @ weight.T
-        return product if bool(product.amax() >= torch.finfo(weight.dtype).tiny ** 0.5) else None
+    def product() -> MatVec:
+        if rows <= 2 * columns:
+            formed = _outer_gram(weight)
+            if bool(formed.amax() >= torch.finfo(weight.dtype).tiny ** 0.5):
+                return times(formed.T)  # as symmetric as rounding leaves it
+        down, up = times(weight), times(weight.T)
+        return lambda u: up(down(u))
 
-    def gram(u: Tensor) -> Tensor:
-        product = None if rows > 2 * columns else formed()
-        return (u @ weight) @ weight.T if product is None else u @ product
+    return lambda u: product()(u)
 
+
+def _outer_gram(weight: Tensor) -> Tensor:
+    """W Wᵀ, of which the part above the diagonal is copied from below, two blocks of rows at a time."""
+    rows, half = len(weight), len(weight) // 2
+    gram = weight.new_empty(rows, rows)
+    torch.mm(weight[:half], weight[:half].T, out=gram[:half, :half])
+    torch.mm(weight[half:], weight.T, out=gram[half:])
+    gram[:half, half:] = gram[half:, :half].T
     return gram
 
 
@@ -181,7 +239,7 @@ class OperatorStack:
         return max(operator.template.shape[1] for operator in self.operators)
 
     def gram_within(self, u: Tensor) -> Tensor:
-        """(ΣB, length) → (ΣB, length), u ↦ J Jᵀ u for u that are 0 outside the operators' supports."""
+        """(ΣB, length) → (ΣB, length), u ↦ J Jᵀ u for u that are 0 where the operators' diagonals are."""
         product = torch.empty_like(u)
         for operator, part, out in zip(self.operators, u.split(self.sizes), product.split(self.sizes), strict=True):
             columns = operator.template.shape[1]
@@ -242,7 +300,7 @@ def chain_jacobians(chain: DenseChain) -> list[JacobianOperator]:
     for weight, h, between in zip(chain.weights, chain.hidden[1:], chain.between, strict=False):
         with torch.no_grad():
             slope = between.pull(torch.ones_like(h))
-        operators.append(operators[-1].times_weight(weight.detach()).times_diagonal(slope, is_mask=between.is_mask))
+        operators.append(operators[-1].linked(weight.detach(), slope, is_mask=between.is_mask))
     return operators
 
 

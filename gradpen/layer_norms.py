@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -78,7 +78,7 @@ def jacobian_operators(
     for output, layer, slope in zip(outputs[1:], layers, slopes, strict=False):
         link = [] if slope is None else [(layer.weight, slope)]
         if link and (whole or jacobians.chain_holds(operators[-1], link, [output], recording.inputs)):
-            operators.append(operators[-1].times_weight(layer.weight).times_diagonal(link[0][1]))
+            operators.append(operators[-1].linked(*link[0]))
         else:
             operators.append(jacobians.autograd_jacobian(output, recording.inputs))
     return operators
@@ -98,7 +98,7 @@ def layer_norms(
             wanted[position, "jacobian"] = operator
         if has_product and not operator.is_identity:
             wanted[position, "product"] = operator.times_weight(layer.weight)
-    found = _spectral_norms(wanted, settings)
+    found = _spectral_norms(wanted, [layer.weight for layer in layers], settings)
     return [
         _assembled(layer, operator, {kind: found[p, kind] for p, kind in found if p == position}, settings)
         for position, (layer, operator) in enumerate(zip(layers, operators, strict=True))
@@ -112,7 +112,8 @@ def _weight_operator(layer: CutLayer, operator: jacobians.JacobianOperator) -> j
     return operator.times_weight(layer.weight).restricted(torch.zeros(1, dtype=torch.long, device=layer.weight.device))
 
 
-Operators = dict[tuple[int, str], jacobians.JacobianOperator]  # (position of the layer, which of its norms)
+Key = tuple[int, str]  # (position of the layer, which of its norms)
+Operators = dict[Key, jacobians.JacobianOperator]
 
 
 def _assembled(
@@ -137,7 +138,7 @@ def _assembled(
     return LayerNorms(denominator, weight, jacobian, product)
 
 
-def _spectral_norms(wanted: Operators, settings: NormSettings) -> dict[tuple[int, str], Bracket]:
+def _spectral_norms(wanted: Operators, weights: Sequence[Tensor], settings: NormSettings) -> dict[Key, Bracket]:
     """‖·‖₂ of every sample of every operator: (B,), 0-dim for a weight.
 
     Where no bound rests on the upper end of ‖W J‖, it may fail now and then.
@@ -149,8 +150,8 @@ def _spectral_norms(wanted: Operators, settings: NormSettings) -> dict[tuple[int
         samples for key in iterated if key not in estimates
     )  # ‖W‖ counts as often: a sample's share is fixed
     delta = settings.delta / max(certified, 1)
-    deltas = [max(delta, _SLACK_DELTA) if key in estimates else delta for key in iterated]
-    found = dict(zip(iterated, _iterated_norms(list(iterated.values()), deltas, settings), strict=True))
+    deltas = {key: max(delta, _SLACK_DELTA) if key in estimates else delta for key in iterated}
+    found = _norms_with_weights(iterated, deltas, weights, settings)
     for key, operator in wanted.items():
         if key not in iterated:
             found[key] = _dense_norms(operator, settings)
@@ -158,6 +159,27 @@ def _spectral_norms(wanted: Operators, settings: NormSettings) -> dict[tuple[int
         key: Bracket(bracket.lower[0], bracket.upper[0]) if key[1] == "weight" else bracket
         for key, bracket in found.items()
     }
+
+
+def _norms_with_weights(
+    iterated: Operators, deltas: Mapping[Key, float], weights: Sequence[Tensor], settings: NormSettings
+) -> dict[Key, Bracket]:
+    """Of all operators; a weight is one of the samples of the Jacobian behind it, where there is one."""
+    operators = dict(iterated)
+    hosts: dict[Key, Key] = {}
+    for key in iterated:
+        host = (key[0] + 1, "jacobian")
+        last = operators[host].last if key[1] == "weight" and host in operators else None
+        if last is not None and last.weight.data_ptr() == weights[key[0]].data_ptr():
+            operators[host] = last.with_weight()
+            del operators[key]
+            hosts[key] = host
+    brackets = _iterated_norms(list(operators.values()), [deltas[key] for key in operators], settings)
+    found = dict(zip(operators, brackets, strict=True))
+    for key, host in hosts.items():
+        found[key] = Bracket(*(end[-1:] for end in found[host]))
+        found[host] = Bracket(*(end[:-1] for end in found[host]))
+    return found
 
 
 def _is_iterated(kind: str, operator: jacobians.JacobianOperator, settings: NormSettings) -> bool:
@@ -218,7 +240,7 @@ def _iterated_norms(
 def _start(operator: jacobians.JacobianOperator, seed: int) -> Tensor:
     batch_size, rows = operator.template.shape
     shared = spectral.normal_start((1, rows), None, operator.template, seed)  # a norm depends on no other sample
-    return shared.expand(batch_size, rows) if operator.support is None else shared * operator.support
+    return shared.expand(batch_size, rows) if operator.diagonal is None else shared * (operator.diagonal != 0)
 
 
 def _swept_norms(

@@ -131,23 +131,47 @@ def _dense_sq_norms(
 ) -> tuple[Tensor, Tensor]:
     """‖∇_θ f_i‖², (B,), and ‖∇_θ mean_i f_i‖², 0-dim, over the parameters of the plan: float64.
 
-    The mean's from products between samples, without a gradient of a weight's size. In float64, as these cancel where the
-    mean is small, and squares of large activations overflow.
+    The mean's from products between samples, without a gradient of a weight's size. They cancel where the mean is small, and
+    squares of large activations overflow: where the model's own type is not enough for that, in float64.
     """
     used = {index for uses in plan.closed.values() for index, _ in uses}
-    deltas = {index: widest_float(found.deltas[index]) for index in used}
-    calls = [
-        call._replace(input=widest_float(call.checked_input()), input_version=None) if index in used else call
-        for index, call in enumerate(recording.calls)
-    ]
-    batch_size, wide = len(scale), replace(recording, calls=calls)
+    deltas = {index: found.deltas[index] for index in used}
+    largest = scale.max()
+    shares = divide_or_zero(scale, largest)
+    of_samples, of_sum = _sample_and_sum(recording, deltas, shares, plan)
+    if any(delta.dtype != scale.dtype for delta in deltas.values()) and not _is_reliable(of_samples, of_sum, shares):
+        calls = [
+            call._replace(input=widest_float(call.checked_input()), input_version=None) if index in used else call
+            for index, call in enumerate(recording.calls)
+        ]
+        deltas = {index: widest_float(delta) for index, delta in deltas.items()}
+        of_samples, of_sum = _sample_and_sum(replace(recording, calls=calls), deltas, shares, plan)
+    return scale**2 * of_samples, (largest / len(scale)) ** 2 * of_sum
+
+
+def _is_reliable(of_samples: Tensor, of_sum: Tensor, shares: Tensor) -> bool:
+    """Whether nothing has over- or underflowed, nor cancelled, in float32."""
+    in_range = of_samples.isfinite().all() & (of_samples >= _TINY).all()
+    return bool(in_range & (of_sum >= _CANCELLED * (shares * of_samples.sqrt()).sum() ** 2))
+
+
+_TINY = 1e-30  # squares in float32 that are larger have lost no digits
+_CANCELLED = 1e-3  # of (Σ‖∇f_i‖)²: where no less is left of the sum, rounding has not changed its first four digits
+
+
+def _sample_and_sum(
+    recording: Recording, deltas: dict[int, Tensor], shares: Tensor, plan: ParameterPlan
+) -> tuple[Tensor, Tensor]:
+    """‖∇_θ f_i‖², (B,), and ‖Σ_i share_i ∇_θ f_i‖², 0-dim, for δ without scales: float64, computed in the type of δ."""
+    batch_size = len(shares)
 
     def sq_norms(deltas: dict[int, Tensor], group_size: int) -> Tensor:
-        gradients_at = gradients.SampleGradients([], deltas)
-        return param_norms.closed_param_sq_norm(wide, gradients_at, plan, batch_size, group_size, scale.device).detach()
+        found = gradients.SampleGradients([], deltas)
+        sq_norm = param_norms.closed_param_sq_norm(recording, found, plan, batch_size, group_size, shares.device)
+        return widest_float(sq_norm.detach())
 
-    scaled = {index: delta * scale.unsqueeze(1) for index, delta in deltas.items()}
-    return scale**2 * sq_norms(deltas, 1), sq_norms(scaled, batch_size).sum()
+    shared = {index: delta * shares.to(delta.dtype).unsqueeze(1) for index, delta in deltas.items()}
+    return sq_norms(deltas, 1), batch_size**2 * sq_norms(shared, batch_size).sum()
 
 
 def mean_gradient(

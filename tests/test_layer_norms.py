@@ -1,0 +1,131 @@
+"""Jacobians with a weight as one more sample, and what the look at coefficients does not change."""
+
+from __future__ import annotations
+
+import cases
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from gradpen import evaluate_inequality, layer_norms
+from gradpen.jacobians import JacobianOperator, autograd_jacobian
+from gradpen.recurrence import BracketSearch
+
+B, D, N, M = 5, 6, 8, 7
+
+
+def prefix(kind):
+    """J' (B, N × D) as an operator and explicitly."""
+    if kind == "identity":
+        return JacobianOperator.identity(torch.zeros(B, N, dtype=torch.float64)), torch.eye(N).expand(B, N, N).double()
+    x = torch.randn(B, D, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(N, D, dtype=torch.float64)
+    if kind == "dense":
+        diagonal = torch.rand(B, N, dtype=torch.float64)
+        operator = JacobianOperator.identity(x.detach()).linked(weight, diagonal)
+        return operator, diagonal.unsqueeze(2) * weight
+    h = torch.tanh(x @ weight.T)
+    return autograd_jacobian(h, [x]), (1 - h.detach() ** 2).unsqueeze(2) * weight
+
+
+@pytest.mark.parametrize("is_mask", [True, False])
+@pytest.mark.parametrize("kind", ["identity", "dense", "autograd"])
+def test_a_weight_is_one_more_sample_of_what_it_leads_to(kind, is_mask):
+    before, jacobians = prefix(kind)
+    weight = torch.randn(M, N, dtype=torch.float64)
+    diagonal = (torch.rand(B, M) < 0.6).double() if is_mask else torch.randn(B, M, dtype=torch.float64)
+    operator = before.linked(weight, diagonal, is_mask=is_mask).last.with_weight()
+    assert len(operator.template) == B + 1
+    grams = [J @ J.T for J in (*(diagonal.unsqueeze(2) * (weight @ jacobians)), weight)]
+    rows = torch.cat([diagonal, torch.ones(1, M, dtype=torch.float64)])
+    for samples in ([0, 1, 2, 3, 4, 5], [1, 3], [2, 5], [5], [0]):
+        part = operator.restricted(torch.tensor(samples))
+        u = torch.randn(len(samples), M, dtype=torch.float64) * (rows[samples] != 0)
+        expected = torch.stack([grams[sample] @ row for sample, row in zip(samples, u, strict=True)])
+        torch.testing.assert_close(part.gram(u), expected)
+        if part.gram_within is not None:
+            torch.testing.assert_close(part.gram_within(u, torch.empty_like(u)), expected)
+        if len(samples) == B + 1:
+            squares = torch.stack([(v**2).sum() for v in part.vjp(u)])
+            torch.testing.assert_close(squares, (u * expected).sum(1))
+
+
+@pytest.mark.parametrize("frozen", [None, 0, 2, 4])
+def test_every_weight_has_its_own_norm_wherever_it_is_a_sample(frozen, monkeypatch):
+    """Also where the layer between two in the sum is frozen, so that a weight does not lead to the next one's input."""
+    swept = []
+    original = layer_norms._iterated_norms
+    monkeypatch.setattr(
+        layer_norms, "_iterated_norms", lambda operators, *args: swept.append(operators) or original(operators, *args)
+    )
+    model = cases.mlp(20, 90, 100, 80, 70, 3, activation=nn.ReLU).double()
+    if frozen is not None:
+        model[frozen].requires_grad_(False)
+    x, y = torch.randn(9, 20, dtype=torch.float64), torch.randint(3, (9,))
+    report = evaluate_inequality(model, x, y, slack=False)
+    assert report.layers and report.holds.all()
+    for layer in report.layers:
+        exact = torch.linalg.matrix_norm(model.get_submodule(layer.name).weight.detach(), 2)
+        assert 0.95 * exact <= layer.weight_norm <= exact * (1 + 1e-9)
+    sizes = sorted(len(operator.template) for operator in swept[0])
+    assert sizes.count(10) == {None: 3, 0: 3, 2: 2, 4: 1}[frozen]  # nine samples and a weight
+
+
+def coefficients(batch=40, size=60, steps=50):
+    """α and β of Lanczos recurrences: (steps, 2, batch)."""
+    generator = np.random.default_rng(0)
+    eigenvalues = generator.random((batch, size)) ** generator.uniform(0.1, 12, (batch, 1))
+    q = generator.normal(size=(batch, size))
+    q /= np.linalg.norm(q, axis=1, keepdims=True)
+    before, beta, rows = np.zeros_like(q), np.zeros(batch), []
+    for _ in range(steps):
+        w = eigenvalues * q
+        alpha = (q * w).sum(1)
+        w = w - alpha[:, None] * q - beta[:, None] * before
+        beta = np.linalg.norm(w, axis=1)
+        rows.append((alpha, beta))
+        before, q = q, w / beta[:, None]
+    return np.array(rows)
+
+
+def search_of(taken, looks=None, worthwhile=1):
+    batch = taken.shape[2]
+    search = BracketSearch(np.full(batch, 60), np.full(batch, -30.0), 0.05, len(taken), 2.2e-16)
+    last = 0
+    while not search.is_over:
+        if looks is not None:
+            search.next_look = next(step for step in (*looks, len(taken)) if step > last)
+        step = search.next_look
+        search.look(taken[last:step], np.arange(batch), worthwhile)
+        last = step
+    return search
+
+
+@pytest.mark.parametrize("worthwhile", [1, 10, 40])
+@pytest.mark.parametrize("looks", [None, range(1, 50), [10, 22, 45], [11, 12, 35], [49], [21, 22, 23]])
+def test_brackets_do_not_depend_on_when_the_host_looks(looks, worthwhile):
+    taken = coefficients()
+    expected, found = search_of(taken, range(10, 50)), search_of(taken, looks, worthwhile)
+    assert 10 <= expected.steps.min() < 13 and expected.steps.max() > 20
+    assert (found.steps == expected.steps).all()
+    for end, other in zip(found.ends(), expected.ends(), strict=True):
+        np.testing.assert_allclose(end, other, rtol=1e-12)
+
+
+def test_the_growth_of_k_tells_when_to_look():
+    """Far fewer looks than steps, and nobody waits long for one."""
+    taken = coefficients()
+    looked = []
+
+    class Counted(BracketSearch):
+        def look(self, *args):
+            looked.append(self.next_look)
+            return super().look(*args)
+
+    search, last = Counted(np.full(40, 60), np.full(40, -30.0), 0.05, 50, 2.2e-16), 0
+    while not search.is_over:
+        step = search.next_look
+        search.look(taken[last:step], np.arange(40), 40)
+        last = step
+    assert len(looked) <= 8 and looked[-1] <= search.steps.max() + 3
