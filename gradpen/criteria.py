@@ -74,6 +74,10 @@ class Criterion:
         function = self.source.func if isinstance(self.source, partial) else self.source
         return type(function) in known or any(function is one for one in known)  # it may have no hash
 
+    def keeps_rows_apart(self, output: Tensor) -> bool:
+        """Whether f_i is known to depend on row i of the output alone: elementwise losses may broadcast rows of others."""
+        return output.dim() >= 2 and self._is(_WEIGHTED_MEANS)
+
     def scalar(self, target: Any) -> Scalar:
         """The f_i as a function of the model's output."""
         return Scalar(self.source, self.per_sample, target)

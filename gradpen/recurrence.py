@@ -23,11 +23,14 @@ class BracketSearch:
 
     Attributes:
         steps: after how many steps each sample is done, as far as is known, or else the most that it can take: (B,).
-        next_look: after how many steps to call `look`: by the growth of K, enough samples are done then to be worth it.
+        present: the samples that have not left.
+        next_look: after how many steps to call `look`: by the growth of K, enough samples are done then to leave.
         is_over: whether all are done.
     """
 
-    def __init__(self, dimension: Array, log_weight: Array, rtol: float, max_steps: int, eps: float) -> None:
+    def __init__(
+        self, dimension: Array, log_weight: Array, rtol: float, max_steps: int, eps: float, *, may_leave: bool
+    ) -> None:
         """Before the first step.
 
         Args:
@@ -36,11 +39,12 @@ class BracketSearch:
             rtol: a bracket is narrow enough if it is no wider than this fraction of its upper end.
             max_steps: the most that are taken.
             eps: of the type that the coefficients are computed in.
+            may_leave: whether samples that are done may leave.
         """
         size, slack = len(dimension), _rounding_slack(np.float64(max_steps), eps)
         self.steps = dimension.clip(1, max_steps)
         self._coefficients = np.zeros((2, max_steps, size))
-        self._enough, self._eps = -log_weight, eps  # what log K has to reach
+        self._enough, self._eps, self._may_leave = -log_weight, eps, may_leave  # what log K has to reach
         self._cell_width = math.log1p(max(rtol / _CELLS, 1e-8))
         self._cells = np.full(size, -np.inf)  # θ lies in these, or beyond
         self._target_by_ritz = (1 - slack) / (1 + slack) / (1 - min(rtol, 0.99)) ** 2
@@ -49,32 +53,36 @@ class BracketSearch:
         self._lacking = np.full(size, np.inf)  # how many more steps are needed if it goes on growing so
         self._anchors = [] if rtol <= eps else [step for step in _ANCHORS if step < max_steps]
         self._looked, self.next_look = 0, self._anchors[0] if self._anchors else max_steps
-        self.is_over = False
+        self.present, self.is_over = np.arange(size), False
 
-    def look(self, taken: Array, present: Array, worthwhile: int) -> Array:
+    def look(self, taken: Array) -> Array:
         """See who is done after `next_look` steps.
 
         Args:
-            taken: α and β of the steps since the last look, (steps, 2, samples).
-            present: which samples these are.
-            worthwhile: how many of them should be done at the next look.
+            taken: α and β of the steps since the last look for all that are `present`, (steps, 2, samples).
 
         Returns:
-            Whether they are done: bool.
+            Which of these go on and which leave, because enough are done to be worth it: bool.
         """
-        step, last_step = self.next_look, self._coefficients.shape[1]
+        step, present = self.next_look, self.present
         self._coefficients[:, step - len(taken) : step, present] = taken.swapaxes(0, 1)
         if self._anchors:
             self._follow(present[self.steps[present] > self._looked], self._looked, step)
         done = self.steps[present] <= step
         self.is_over = bool(done.all())
+        going_on = ~done | (done.sum() < self._worth_leaving(len(present)))
+        self.present = present[going_on]
         if not self.is_over:
             lacking = np.sort(self._lacking[present[~done]])
-            needed = min(max(worthwhile - int(done.sum()), 1), len(lacking))
-            ahead = min(lacking[needed - 1], 2 * step)
+            needed = self._worth_leaving(len(self.present)) - (len(self.present) - len(lacking))
+            ahead = min(lacking[min(needed, len(lacking)) - 1], 2 * step)
             ahead = math.ceil(ahead - _EARLY * max(ahead - _NEAR, 0))
-            self._looked, self.next_look = step, min(step + max(ahead, 1), last_step)
-        return done
+            self._looked, self.next_look = step, min(step + max(ahead, 1), self._coefficients.shape[1])
+        return going_on
+
+    def _worth_leaving(self, present: int) -> int:
+        """How many have to be done: fewer do not repay the copies."""
+        return min(max(present // 4, len(self.steps) // 8), present) if self._may_leave else present
 
     def ends(self) -> tuple[Array, Array]:
         """Both ends of the brackets of the largest singular values, √ of those of the eigenvalues: (B,), (B,).

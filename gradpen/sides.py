@@ -50,10 +50,13 @@ def output_cotangents(
         basis = torch.eye(outputs, dtype=output.dtype, device=output.device).reshape(outputs, 1, *output.shape[1:])
         return Cotangents([unit.expand_as(output) for unit in basis], [ones] * outputs)
     leaf = output.detach().requires_grad_()
-    f = scalar_per_sample(of, leaf, y) if callable(of) else as_criterion(criterion).per_sample(leaf, y)
+    source = of if callable(of) else criterion
+    known = None if callable(of) else as_criterion(criterion)
+    f = scalar_per_sample(source, leaf, y) if known is None else known.per_sample(leaf, y)
     if not f.requires_grad:
         raise RuntimeError("the scalar f does not depend on the model's output, so it has no gradient")
-    mixing.check_scalar_rows(f, leaf)
+    if known is None or not known.keeps_rows_apart(leaf):
+        mixing.check_scalar_rows(f, leaf)
     (cotangent,) = torch.autograd.grad(f.sum(), leaf)
     rows = widest_float(cotangent).reshape(f.shape[0], -1)
     scale = rows.abs().amax(1)  # first, so that nothing underflows when it is squared

@@ -95,8 +95,8 @@ def lanczos_bracket(
     dimension = (start != 0).sum(1).cpu()
     log_weight = _log_smallest_weight(dimension, delta)
     max_steps = min(max_steps, max(int(dimension.max()), 1))
-    search = BracketSearch(dimension.numpy(), log_weight, rtol, max_steps, torch.finfo(start.dtype).eps)
-    present = np.arange(size)  # the samples that have not left
+    eps, may_leave = torch.finfo(start.dtype).eps, restrict is not None
+    search = BracketSearch(dimension.numpy(), log_weight, rtol, max_steps, eps, may_leave=may_leave)
     q = divide_or_zero(start, torch.linalg.vector_norm(start, dim=1, keepdim=True))
     before, beta, largest = torch.zeros_like(q), q.new_zeros(size), q.new_zeros(size)
     product = gram(q)
@@ -112,18 +112,14 @@ def lanczos_bracket(
         before, q = q, w
         if step < search.next_look:
             continue
-        worthwhile = len(present)
-        if restrict is not None:
-            worthwhile = min(max(len(present) // 4, size // 8), len(present))  # fewer are not worth the copies
-        done = search.look(torch.stack(new).view(-1, 2, len(q)).cpu().numpy(), present, worthwhile)
+        going_on = search.look(torch.stack(new).view(-1, 2, len(q)).cpu().numpy())
         new.clear()
         if search.is_over:
             break
-        if restrict is not None and done.sum() >= worthwhile:
-            kept = torch.from_numpy(np.flatnonzero(~done)).to(q.device)
-            present = present[~done]
+        if restrict is not None and not going_on.all():
+            kept = torch.from_numpy(np.flatnonzero(going_on)).to(q.device)
             q, before, beta, largest = (tensor[kept] for tensor in (q, before, beta, largest))
-            gram = restrict(torch.from_numpy(present).to(q.device))
+            gram = restrict(torch.from_numpy(search.present).to(q.device))
             within = None if within is None else _Factors(within.before[kept], within.after[kept])
     like = widest_float(start[:0])
     bracket = Bracket(*[torch.from_numpy(end).to(like) for end in search.ends()])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import cases
 import numpy as np
 import pytest
@@ -89,24 +91,24 @@ def coefficients(batch=40, size=60, steps=50):
     return np.array(rows)
 
 
-def search_of(taken, looks=None, worthwhile=1):
+def search_of(taken, looks=None, may_leave=True):
     batch = taken.shape[2]
-    search = BracketSearch(np.full(batch, 60), np.full(batch, -30.0), 0.05, len(taken), 2.2e-16)
-    last = 0
+    search = BracketSearch(np.full(batch, 60), np.full(batch, -30.0), 0.05, len(taken), 2.2e-16, may_leave=may_leave)
+    last, looked = 0, []
     while not search.is_over:
         if looks is not None:
             search.next_look = next(step for step in (*looks, len(taken)) if step > last)
-        step = search.next_look
-        search.look(taken[last:step], np.arange(batch), worthwhile)
-        last = step
-    return search
+        looked.append((search.next_look, len(search.present)))
+        search.look(taken[last : search.next_look][..., search.present])
+        last = looked[-1][0]
+    return search, looked
 
 
-@pytest.mark.parametrize("worthwhile", [1, 10, 40])
+@pytest.mark.parametrize("may_leave", [True, False])
 @pytest.mark.parametrize("looks", [None, range(1, 50), [10, 22, 45], [11, 12, 35], [49], [21, 22, 23]])
-def test_brackets_do_not_depend_on_when_the_host_looks(looks, worthwhile):
+def test_brackets_do_not_depend_on_when_the_host_looks(looks, may_leave):
     taken = coefficients()
-    expected, found = search_of(taken, range(10, 50)), search_of(taken, looks, worthwhile)
+    (expected, _), (found, _) = search_of(taken, range(10, 50)), search_of(taken, looks, may_leave)
     assert 10 <= expected.steps.min() < 13 and expected.steps.max() > 20
     assert (found.steps == expected.steps).all()
     for end, other in zip(found.ends(), expected.ends(), strict=True):
@@ -114,18 +116,14 @@ def test_brackets_do_not_depend_on_when_the_host_looks(looks, worthwhile):
 
 
 def test_the_growth_of_k_tells_when_to_look():
-    """Far fewer looks than steps, and nobody waits long for one."""
-    taken = coefficients()
-    looked = []
-
-    class Counted(BracketSearch):
-        def look(self, *args):
-            looked.append(self.next_look)
-            return super().look(*args)
-
-    search, last = Counted(np.full(40, 60), np.full(40, -30.0), 0.05, 50, 2.2e-16), 0
-    while not search.is_over:
-        step = search.next_look
-        search.look(taken[last:step], np.arange(40), 40)
-        last = step
-    assert len(looked) <= 8 and looked[-1] <= search.steps.max() + 3
+    """Nobody waits long; without leaving, few looks are enough, and with it enough samples leave at once."""
+    taken = coefficients(batch=64)
+    search, looked = search_of(taken, may_leave=False)
+    assert len(looked) <= 6 and {count for _, count in looked} == {64}
+    assert looked[-1][0] <= search.steps.max() + 2
+    search, looked = search_of(taken)
+    counts = [count for _, count in looked]
+    assert all(before - after == 0 or before - after >= 8 for before, after in itertools.pairwise(counts))
+    assert counts[-1] <= 16
+    for step, count in looked[1:]:
+        assert (search.steps >= step - 3).sum() >= count / 2
