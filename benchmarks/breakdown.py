@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 WARM_UP = 9  # steps: gradpen looks for mixed samples in steps 1, 2, 3, 5, 9, …
-PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot"}
+PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "_linear_pointwise"}
 
 
 class Call(NamedTuple):
