@@ -138,7 +138,7 @@ class BracketSearch:
             floor = self._eps * target
             pivot = target - alpha - np.maximum(self._coefficients[1, step - 2, samples], floor) ** 2 / pivot
             beyond = (pivot > 0) & (log_square > -np.inf)
-            ratio = np.where(beyond, pivot, 1.0) / np.maximum(beta, floor)
+            ratio = np.where(beyond, pivot / np.maximum(beta, floor), 1.0)  # of a power of β the sum would overflow
             log_square = np.where(beyond, log_square + 2 * np.log(ratio), -np.inf)
             self._at_target[1:, samples] = np.where(beyond, pivot, 1.0), log_square, 1 + total / ratio**2
             samples = self._closed(samples, step)

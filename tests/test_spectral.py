@@ -336,3 +336,15 @@ def test_one_step_has_a_closed_form():
     excess = (bracket.upper**2 - alpha) / (beta * (largest_k - 1) ** 0.5)
     assert (excess >= 1 - 1e-9).all() and (excess <= math.exp(0.05)).all()
     torch.testing.assert_close(bracket.lower**2, alpha)
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e10, 1e30])
+@pytest.mark.parametrize("dimension", [70, 75, 94])
+def test_a_ritz_value_beyond_its_target_costs_no_upper_end_whatever_the_scale(dimension, size):
+    """So narrow a bracket is out of reach: the largest Ritz value overtakes the last target long before the last step."""
+    torch.manual_seed(0)
+    eigenvalues = size * torch.linspace(0, 1.57, dimension, dtype=torch.float64).cos() ** 2
+    start = torch.randn(20, dimension, dtype=torch.float64)
+    bracket = lanczos_bracket(lambda u: u * eigenvalues, start, delta=1e-6, rtol=1e-6, max_steps=dimension - 1)
+    assert contains(bracket, eigenvalues.max().sqrt(), 1e-12) and (bracket.width <= 0.01).all()
