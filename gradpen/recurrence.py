@@ -150,12 +150,11 @@ class BracketSearch:
         cells = recurrence.cells(self._cells[samples], self._cell_width)
         low = recurrence.point(cells, self._cell_width) * (1 - (recurrence.lower_slack - recurrence.slack))
         target = low * self._target_by_ritz
-        pivot, log_square, total, growth = recurrence.christoffel_factors(target)
+        pivot, log_square, total, log_k_before, growth = recurrence.christoffel_factors(target)
         log_square = np.where(recurrence.scale > 0, log_square, np.inf)
         self._cells[samples], self._growth[samples] = cells, growth.clip(min=_LEAST_GROWTH)
         self._at_target[:, samples] = target * recurrence.scale, pivot * recurrence.scale, log_square, total
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return log_square + np.log(total - 1)
+        return np.where(recurrence.scale > 0, log_k_before, np.inf)
 
     def _closed(self, samples: Array, step: int) -> Array:
         """Note who is done, now that everything is at `step`: the others."""
@@ -293,22 +292,25 @@ class _Recurrence(NamedTuple):
             low, high = (np.take_along_axis(points, end, 0)[0] for end in (below, below + 1))
         return low
 
-    def christoffel_factors(self, mu: Array) -> tuple[Array, Array, Array, Array]:
-        """d_k, log p_k² (−∞ up to θ), K / p_k² and the growth of log K by each of the last steps, at μ: (B,) each.
+    def christoffel_factors(self, mu: Array) -> tuple[Array, Array, Array, Array, Array]:
+        """d_k, log p_k² (−∞ up to θ), K / p_k², log K a step before and its growth by each of the last, at μ: (B,) each.
 
         All coefficients count.
         """
         pivots = self.pivots(mu[None])[:, 0]
         beyond = np.all(pivots > 0, axis=0)
         ratios = np.where(beyond, pivots, 1.0) / self.betas  # p_j / p_{j−1}
-        total = np.ones_like(mu)
+        total, before = np.ones_like(mu), np.zeros_like(mu)
         for inverse in ratios**-2.0:
-            np.multiply(total, inverse, out=total)
-            np.add(total, 1.0, out=total)
+            np.multiply(total, inverse, out=before)
+            np.add(before, 1.0, out=total)
         with np.errstate(over="ignore"):
             log_tail, log_head = (2 * np.log(part.prod(0)) for part in (ratios[-_LAST:], ratios[:-_LAST]))
         log_square = np.where(beyond, log_head + log_tail, -np.inf)
-        return np.where(beyond, pivots[-1], 1.0), log_square, total, log_tail / min(_LAST, len(ratios))
+        log_k_before = log_square + np.log(
+            before
+        )  # K / p_k² less 1, which rounding would leave nothing of behind β = 0
+        return np.where(beyond, pivots[-1], 1.0), log_square, total, log_k_before, log_tail / min(_LAST, len(ratios))
 
     def log_christoffel(self, mu: Array) -> Array:
         """log K(μ) at (points, B), −∞ up to θ."""

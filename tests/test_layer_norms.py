@@ -127,3 +127,16 @@ def test_the_growth_of_k_tells_when_to_look():
     assert counts[-1] <= 16
     for step, count in looked[1:]:
         assert (search.steps >= step - 3).sum() >= count / 2
+
+
+@pytest.mark.parametrize("looks", [[13], [20], [31], [49], [12, 25]])
+def test_exhausted_recurrences_do_not_depend_on_when_the_host_looks(looks):
+    """Behind β = 0 nearly all of K is its last term."""
+    taken = coefficients(batch=3)
+    for sample, length in enumerate([2, 6, 9]):
+        taken[length - 1, 1, sample] = taken[length:, :, sample] = 0
+    taken[..., 2] = 0
+    (expected, _), (found, _) = search_of(taken, range(10, 50)), search_of(taken, looks)
+    assert (found.steps == expected.steps).all() and (found.steps == 10).all()
+    for end, other in zip(found.ends(), expected.ends(), strict=True):
+        np.testing.assert_allclose(end, other, rtol=1e-12)
