@@ -51,7 +51,7 @@ class BracketSearch:
         self._at_target = np.zeros((4, size))  # the target, and there d_j, log p_j² and K / p_j², as in `_Recurrence`
         self._growth = np.ones(size)  # of log K, by a step
         self._lacking = np.full(size, np.inf)  # how many more steps are needed if it goes on growing so
-        self._anchors = [] if rtol <= eps else [step for step in _ANCHORS if step < max_steps]
+        self._anchors = [] if rtol <= eps else [step for step in _ANCHORS if step <= max_steps]
         self._looked, self.next_look = 0, self._anchors[0] if self._anchors else max_steps
         self.present, self.is_over = np.arange(size), False
 

@@ -13,6 +13,7 @@ from torch import nn
 from gradpen import evaluate_inequality, layer_norms
 from gradpen.jacobians import JacobianOperator, autograd_jacobian
 from gradpen.recurrence import BracketSearch
+from gradpen.spectral import lanczos_bracket
 
 B, D, N, M = 5, 6, 8, 7
 
@@ -140,3 +141,18 @@ def test_exhausted_recurrences_do_not_depend_on_when_the_host_looks(looks):
     assert (found.steps == expected.steps).all() and (found.steps == 10).all()
     for end, other in zip(found.ends(), expected.ends(), strict=True):
         np.testing.assert_allclose(end, other, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dimension", [9, 10, 12, 13, 20])
+def test_brackets_do_not_depend_on_the_dimensions_beside_them(dimension, dtype):
+    """Nor where the last step that a sample can take is one that gives targets."""
+    eigenvalues = torch.linspace(0.01, 1, 60, dtype=dtype) ** torch.linspace(0.2, 2, 41).unsqueeze(1)
+    eigenvalues[:40, :dimension] = torch.linspace(0.01, 1, dimension) ** torch.linspace(0.2, 2, 40).unsqueeze(1)
+    start = torch.randn(41, 60, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    start[:40, dimension:] = 0
+    for rtol, delta in itertools.product((0.01, 0.05), (1e-6, 1e-12)):
+        together = lanczos_bracket(lambda u: u * eigenvalues, start, delta=delta, rtol=rtol)
+        alone = lanczos_bracket(lambda u: u * eigenvalues[:40], start[:40], delta=delta, rtol=rtol)
+        for end, other in zip(together, alone, strict=True):
+            torch.testing.assert_close(end[:40], other, rtol=1e-4 if dtype == torch.float32 else 1e-9, atol=0)
