@@ -142,7 +142,10 @@ def _dense_sq_norms(
     largest = scale.max()
     shares = divide_or_zero(scale, largest)
     of_samples, of_sum = _sample_and_sum(recording, deltas, shares, plan)
-    if any(delta.dtype != scale.dtype for delta in deltas.values()) and not _is_reliable(of_samples, of_sum, shares):
+    used_once = all(len(uses) == 1 for uses in plan.closed.values())  # else the gradients of one sample may cancel
+    if any(delta.dtype != scale.dtype for delta in deltas.values()) and not (
+        used_once and _is_reliable(of_samples, of_sum, shares, _factors(recording, deltas))
+    ):
         calls = [
             call._replace(input=widest_float(call.checked_input()), input_version=None) if index in used else call
             for index, call in enumerate(recording.calls)
@@ -152,9 +155,16 @@ def _dense_sq_norms(
     return scale**2 * of_samples, (largest / len(scale)) ** 2 * of_sum
 
 
-def _is_reliable(of_samples: Tensor, of_sum: Tensor, shares: Tensor) -> bool:
-    """Whether nothing has over- or underflowed, nor cancelled, in float32."""
-    in_range = of_samples.isfinite().all() & (of_samples >= _TINY).all()
+def _factors(recording: Recording, deltas: Mapping[int, Tensor]) -> Tensor:
+    """All ‖δ‖² and ‖h‖²: (2 calls, B)."""
+    pairs = [(delta, recording.calls[index].checked_input()) for index, delta in deltas.items()]
+    return torch.stack([row_sq_norm(rows) for pair in pairs for rows in pair])
+
+
+def _is_reliable(of_samples: Tensor, of_sum: Tensor, shares: Tensor, factors: Tensor) -> bool:
+    """Whether nothing that counts has over- or underflowed, nor cancelled, in float32."""
+    least = _TINY * (1 + widest_float(factors.amax(0)))  # what one factor lacks is multiplied by another
+    in_range = of_samples.isfinite().all() & (of_samples >= least).all() & (of_sum >= least.max())
     return bool(in_range & (of_sum >= _CANCELLED * (shares * of_samples.sqrt()).sum() ** 2))
 
 

@@ -895,3 +895,39 @@ def scaled(model, factor):
         for weight in (model[0].weight, model[2].weight, model[4].weight):
             weight *= factor
     return model
+
+
+class Difference(nn.Module):
+    """Two uses of each layer, whose gradients cancel but for a part of the size of `step`."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.first, self.last, self.step = nn.Linear(20, 64), nn.Linear(64, 5), step
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x))
+        return (self.last(h * (1 + self.step)) - self.last(h)) / self.step
+
+
+class Scaled(nn.Module):
+    """A dense layer between two factors."""
+
+    def __init__(self, before, behind):
+        super().__init__()
+        self.dense, self.before, self.behind = nn.Linear(20, 8, bias=False), before, behind
+
+    def forward(self, x):
+        return self.dense(x * self.before) * self.behind
+
+
+@pytest.mark.parametrize(
+    "build",
+    [lambda: Difference(1e-2), lambda: Scaled(1e15, 1e-22), lambda: Scaled(1e-21, 1e10)],
+)
+def test_gradients_in_float32_are_squared_in_float64_where_they_have_to_be(build):
+    """One use of a weight cancels another's, or ‖δ‖² underflows though its product with ‖h‖² does not."""
+    torch.manual_seed(0)
+    model, x = build(), torch.randn(16, 20)
+    found = evaluate_inequality(model, x, of=margin)
+    exact = evaluate_inequality(copy.deepcopy(model).double(), x.double(), of=margin)
+    torch.testing.assert_close(found.rhs, exact.rhs, rtol=1e-4, atol=0)
