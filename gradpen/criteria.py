@@ -54,9 +54,18 @@ class Criterion:
             type(source) is nn.CrossEntropyLoss
             and (source.weight, source.label_smoothing, source.ignore_index) == (None, 0.0, IGNORED)
             and source.reduction == self.reduction
-            and not _checks.is_changed(source)
-            and not _checks.has_global_hooks()
+            and not self._is_hooked
         )
+
+    @property
+    def _is_hooked(self) -> bool:
+        """Whether anything is done when it is called beside what its class says."""
+        function = self._function
+        return isinstance(function, nn.Module) and (_checks.is_changed(function) or _checks.has_global_hooks())
+
+    @property
+    def _function(self) -> Callable[..., Tensor]:
+        return self.source.func if isinstance(self.source, partial) else self.source
 
     def over_mean(self, data_loss: Tensor, mean: Tensor, batch_size: int, target: Any) -> float | Tensor:
         """The multiple that ``data_loss`` is of mean_i f_i, a constant to be multiplied by, if `follows_mean`."""
@@ -71,12 +80,12 @@ class Criterion:
         return 1.0
 
     def _is(self, known: frozenset[Any]) -> bool:
-        function = self.source.func if isinstance(self.source, partial) else self.source
+        function = self._function
         return type(function) in known or any(function is one for one in known)  # it may have no hash
 
     def keeps_rows_apart(self, output: Tensor) -> bool:
         """Whether f_i is known to depend on row i of the output alone: elementwise losses may broadcast rows of others."""
-        return output.dim() >= 2 and self._is(_WEIGHTED_MEANS)
+        return output.dim() >= 2 and self._is(_WEIGHTED_MEANS) and not self._is_hooked
 
     def scalar(self, target: Any) -> Scalar:
         """The f_i as a function of the model's output."""

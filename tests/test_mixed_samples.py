@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from gradpen import evaluate_inequality
 from gradpen import mixing as mixing_of_samples
 from gradpen.functional import input_grad_sq_norm, param_grad_sq_norm
 
@@ -101,6 +102,21 @@ def test_a_criterion_that_mixes_samples_is_refused(function, called_before):
         function(model, x, y)
     with pytest.raises(RuntimeError, match="mixes the samples"):
         function(model, x, y, criterion=mixing)
+
+
+@pytest.mark.parametrize("wrap", [lambda module: module, functools.partial])
+@pytest.mark.parametrize("how", ["hook", "pre_hook", "forward"])
+def test_a_cross_entropy_that_was_made_to_mix_samples_is_refused_by_the_inequality(how, wrap):
+    model, x, y, _ = cases.find("relu").problem()
+    criterion = nn.CrossEntropyLoss(reduction="none")
+    if how == "hook":
+        criterion.register_forward_hook(lambda module, args, values: values - values.mean())
+    elif how == "pre_hook":
+        criterion.register_forward_pre_hook(lambda module, args: (args[0] - args[0].mean(0), args[1]))
+    else:
+        criterion.forward = mixing
+    with pytest.raises(RuntimeError, match="mixes the samples"):
+        evaluate_inequality(model, x, y, criterion=wrap(criterion))
 
 
 def rotated(h):
