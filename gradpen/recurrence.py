@@ -45,9 +45,10 @@ class BracketSearch:
         self.steps = dimension.clip(1, max_steps)
         self._coefficients = np.zeros((2, max_steps, size))
         self._enough, self._eps, self._may_leave = -log_weight, eps, may_leave  # what log K has to reach
+        rtol = min(rtol, 0.99)
         self._cell_width = math.log1p(max(rtol / _CELLS, 1e-8))
         self._cells = np.full(size, -np.inf)  # θ lies in these, or beyond
-        self._target_by_ritz = (1 - slack) / (1 + slack) / (1 - min(rtol, 0.99)) ** 2
+        self._target_by_ritz = (1 - slack) / (1 + slack) / (1 - rtol) ** 2
         self._at_target = np.zeros((4, size))  # the target, and there d_j, log p_j² and K / p_j², as in `_Recurrence`
         self._growth = np.ones(size)  # of log K, by a step
         self._lacking = np.full(size, np.inf)  # how many more steps are needed if it goes on growing so

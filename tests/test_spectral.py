@@ -348,3 +348,11 @@ def test_a_ritz_value_beyond_its_target_costs_no_upper_end_whatever_the_scale(di
     start = torch.randn(20, dimension, dtype=torch.float64)
     bracket = lanczos_bracket(lambda u: u * eigenvalues, start, delta=1e-6, rtol=1e-6, max_steps=dimension - 1)
     assert contains(bracket, eigenvalues.max().sqrt(), 1e-12) and (bracket.width <= 0.01).all()
+
+
+@pytest.mark.parametrize("rtol", [1.0, 1e6, math.inf])
+def test_any_width_will_do(rtol):
+    products = []
+    gram, start = diagonal(SPECTRA["uniform"], batch=5)
+    lanczos_bracket(lambda u: products.append(0) or gram(u), start, delta=1e-6, rtol=rtol)
+    assert len(products) == 10
