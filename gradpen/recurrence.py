@@ -78,7 +78,7 @@ class BracketSearch:
             needed = self._worth_leaving(len(self.present)) - (len(self.present) - len(lacking))
             ahead = min(lacking[min(needed, len(lacking)) - 1], 2 * step)
             ahead = math.ceil(ahead - _EARLY * max(ahead - _NEAR, 0))
-            self._looked, self.next_look = step, min(step + max(ahead, 1), self._coefficients.shape[1])
+            self._looked, self.next_look = step, min(step + max(ahead, _LOOK_AFTER), self._coefficients.shape[1])
         return going_on
 
     def _worth_leaving(self, present: int) -> int:
@@ -167,6 +167,7 @@ class BracketSearch:
 
 _ANCHORS = [10, 13, 16, 20, 25, 31, 39, 49, 61, 76, 95]
 _NEAR, _EARLY = 4, 0.3  # of the steps beyond so many that seem to be needed, so much are not: K grows faster later on
+_LOOK_AFTER = 2  # steps at least: a look takes as long as a step of a small net
 _LEAST_GROWTH = 0.1  # of log K: no sample is given up
 _SPARE = 10.0  # in log K: what may be left of it at the target
 _CELLS = 20  # rtol in widths of a cell: θ is sought in cells (1 + width)^i, the same at every look
@@ -308,9 +309,7 @@ class _Recurrence(NamedTuple):
         with np.errstate(over="ignore"):
             log_tail, log_head = (2 * np.log(part.prod(0)) for part in (ratios[-_LAST:], ratios[:-_LAST]))
         log_square = np.where(beyond, log_head + log_tail, -np.inf)
-        log_k_before = log_square + np.log(
-            before
-        )  # K / p_k² less 1, which rounding would leave nothing of behind β = 0
+        log_k_before = log_square + np.log(before)  # of K / p_k² − 1, behind β = 0, rounding would leave nothing
         return np.where(beyond, pivots[-1], 1.0), log_square, total, log_k_before, log_tail / min(_LAST, len(ratios))
 
     def log_christoffel(self, mu: Array) -> Array:
