@@ -66,7 +66,7 @@ class JacobianOperator:
             template=template,
             columns=template.shape[1],
             widest=template.shape[1],
-            part=lambda rows: cls.identity(template[rows], grams),
+            part=lambda rows: cls.identity(template[:1].expand(len(rows), -1), grams),
             is_identity=True,
             grams=grams,
         )
@@ -95,13 +95,17 @@ class JacobianOperator:
         def gram_within(u: Tensor, out: Tensor) -> Tensor:
             return torch.mul(self.gram(u if is_mask else diagonal * u), diagonal, out=out)
 
+        def restricted(rows: Tensor) -> JacobianOperator:
+            assert part is not None
+            return part(rows).times_diagonal(diagonal.index_select(0, rows), is_mask=is_mask)
+
         return JacobianOperator(
             gram=lambda u: self.gram(diagonal * u).mul_(diagonal),
             vjp=lambda u: self.vjp(diagonal * u),
             template=self.template,
             columns=self.columns,
             widest=self.widest,
-            part=None if part is None else lambda rows: part(rows).times_diagonal(diagonal[rows], is_mask=is_mask),
+            part=None if part is None else restricted,
             diagonal=diagonal,
             gram_within=gram_within,
         )
@@ -125,8 +129,17 @@ class JacobianOperator:
                 return part(rows)
             return part(rows[:-1]).with_identity() if len(rows) > 1 else JacobianOperator.identity(template[:1])
 
+        whole = None if self.last is None else self.last.with_weight()  # one sample more costs less than a copy of all
+
+        def gram(u: Tensor) -> Tensor:
+            if whole is None:
+                return torch.cat([self.gram(u[:-1]), u[-1:]])
+            product = whole.gram(u)
+            product[-1:] = u[-1:]
+            return product
+
         return JacobianOperator(
-            gram=lambda u: torch.cat([self.gram(u[:-1]), u[-1:]]),
+            gram=gram,
             vjp=lambda u: torch.cat([F.pad(v, (0, columns - v.shape[1])) for v in (self.vjp(u[:-1]), u[-1:])]),
             template=template,
             columns=columns,
@@ -210,7 +223,7 @@ def _shared_jacobian(weight: Tensor, gram: MatVec, template: Tensor) -> Jacobian
         template=template,
         columns=weight.shape[1],
         widest=max(weight.shape),
-        part=lambda rows: _shared_jacobian(weight, gram, template[rows]),
+        part=lambda rows: _shared_jacobian(weight, gram, template[:1].expand(len(rows), -1)),
     )
 
 

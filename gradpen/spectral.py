@@ -118,7 +118,7 @@ def lanczos_bracket(
             break
         if restrict is not None and not going_on.all():
             kept = torch.from_numpy(np.flatnonzero(going_on)).to(q.device)
-            q, before, beta, largest = (tensor[kept] for tensor in (q, before, beta, largest))
+            q, before, beta, largest = (tensor.index_select(0, kept) for tensor in (q, before, beta, largest))
             gram = restrict(torch.from_numpy(search.present).to(q.device))
             within = None if within is None else _Factors(within.before[kept], within.after[kept])
     like = widest_float(start[:0])
