@@ -12,9 +12,9 @@ from torch import Tensor, nn
 def times(matrix: Tensor) -> Callable[[Tensor], Tensor]:
     """u ↦ u M for rows u, (B, m) → (B, n), for many u and one M (m, n), such as the transpose of a weight.
 
-    On the CPU, in float32, Mᵀ is brought into oneDNN's own layout when first needed, a copy, if it is contiguous: then
-    products take 0.8 to 0.9 of the time that `torch.mm` needs. The operators that do this are those that compiled models
-    call; where a build of torch lacks them, and elsewhere, the product is `torch.mm`.
+    On the CPU, in float32, Mᵀ is brought into oneDNN's own layout when first needed, a copy, if it is contiguous:
+    `torch.mm` rearranges it in every call. The operators that do this are those that compiled models call; where a build of
+    torch lacks them, and elsewhere, the product is `torch.mm`.
     """
     transposed = matrix.detach().T
     can_be_laid_out = _can_be_laid_out(transposed)

@@ -63,7 +63,7 @@ class BracketSearch:
             taken: α and β of the steps since the last look for all that are `present`, (steps, 2, samples).
 
         Returns:
-            Which of these go on and which leave, because enough are done to be worth it: bool.
+            Which of these go on: bool. The others are done, and leave; nobody does if too few are for that to be worth it.
         """
         step, present = self.next_look, self.present
         self._coefficients[:, step - len(taken) : step, present] = taken.swapaxes(0, 1)
