@@ -19,7 +19,12 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 def widest_float(tensor: Tensor) -> Tensor:
     """Cast to float64 where the device has it: squares of tiny numbers do not underflow there."""
-    return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
+    return tensor.to(widest_dtype(tensor.device))
+
+
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """float64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
@@ -43,6 +48,12 @@ def row_sq_norm(tensor: Tensor) -> Tensor:
     if rows.dim() != 2:
         rows = rows.reshape(tensor.shape[0], -1)
     return (rows * rows).sum(1)
+
+
+def widest_row_sq_norm(tensor: Tensor) -> Tensor:
+    """`row_sq_norm` in float64 where the device has it, in one kernel, not to be differentiated: (B, …) → (B,)."""
+    rows = tensor if tensor.dim() == 2 else tensor.reshape(tensor.shape[0], -1)
+    return torch.linalg.vector_norm(rows, dim=1, dtype=widest_dtype(tensor.device)).square_()
 
 
 def is_at_hand(tensor: Tensor) -> bool:

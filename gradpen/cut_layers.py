@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gradpen._graph import walk_graph
-from gradpen._numerics import rounding_tolerance, row_sq_norm, sum_tensors, widest_float
+from gradpen._numerics import rounding_tolerance, sum_tensors, widest_row_sq_norm
 from gradpen.dense_chain import DenseChain
 from gradpen.recording import Call, Recording
 from gradpen.report import ExcludedLayer
@@ -73,7 +73,7 @@ def layers_in_sum(
         assert call.weight is not None
         delta_sq_norms = sum_tensors(
             [
-                scale**2 * row_sq_norm(widest_float(delta[index]))
+                scale**2 * widest_row_sq_norm(delta[index])
                 for scale, delta in zip(sides.scales, sides.deltas, strict=True)
             ]
         )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gradpen import _checks
 from gradpen._checks import NotFiniteError as NotFiniteError
-from gradpen._numerics import divide_or_zero, rounding_tolerance, row_sq_norm, widest_float
+from gradpen._numerics import divide_or_zero, rounding_tolerance, widest_row_sq_norm
 from gradpen.chain_terms import chain_of
 from gradpen.cut_layers import CutLayer, cotangents_of_input, layers_in_sum
 from gradpen.dense_chain import DenseChain
@@ -165,7 +165,7 @@ def _assemble(
     settings: NormSettings,
     of: str,
 ) -> InequalityReport:
-    sizes = [row_sq_norm(widest_float(layer.call.input.detach())) for layer in layers]
+    sizes = [widest_row_sq_norm(layer.call.input.detach()) for layer in layers]
     each = list(zip(layers, norms, sizes, strict=True))
     terms = [_layer_terms(layer, found, size, sides, settings) for layer, found, size in each]
     zeros = torch.zeros_like(sides.input_sq_norm)

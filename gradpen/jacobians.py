@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from gradpen._numerics import rounding_tolerance, row_sq_norm, sum_tensors, widest_float
+from gradpen._numerics import rounding_tolerance, sum_tensors, widest_float, widest_row_sq_norm
 from gradpen._products import times
 from gradpen.dense_chain import DenseChain
 from gradpen.spectral import normal_start
@@ -163,7 +163,7 @@ class JacobianOperator:
 
     def sq_frobenius_norm(self) -> Tensor:
         """‖J_b‖_F², one row of J at a time: (B,)."""
-        return sum_tensors([row_sq_norm(widest_float(self.vjp(unit))) for unit in self._units()])
+        return sum_tensors([widest_row_sq_norm(self.vjp(unit)) for unit in self._units()])
 
     def _units(self) -> Iterator[Tensor]:
         for row in range(self.template.shape[1]):
@@ -372,7 +372,7 @@ def is_rounding(operator: JacobianOperator, vectors: Sequence[Tensor]) -> Tensor
     for u in vectors:
         tolerance = rounding_tolerance(u) / 4  # of norms, of which the bound has the squares
         image = operator.vjp(u)
-        size = row_sq_norm(widest_float(image))
+        size = widest_row_sq_norm(image)
         from_gram = (torch.linalg.vecdot(widest_float(u), widest_float(operator.gram(u))) - size).abs()
         found |= from_gram > tolerance * size
         for seed in range(_SUMS):

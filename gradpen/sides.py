@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -11,7 +12,14 @@ from torch import Tensor, nn
 
 from gradpen import _checks, closed_form, gradients, mixing, param_norms
 from gradpen._graph import differentiate, walk_graph
-from gradpen._numerics import divide_or_zero, row_sq_norm, total_sq_norm, widest_float
+from gradpen._numerics import (
+    at_least_float32,
+    divide_or_zero,
+    sum_tensors,
+    total_sq_norm,
+    widest_float,
+    widest_row_sq_norm,
+)
 from gradpen.criteria import as_criterion, scalar_per_sample
 from gradpen.param_norms import ParameterPlan
 from gradpen.recording import Recording, RngState
@@ -89,9 +97,10 @@ def both_sides(
         walk = walk_graph(f)
         found = gradients.sample_gradients(f.sum(), recording, inputs=True, deltas=True, create_graph=False)
         mixed |= mixing.find_mixed_calls(model, f, scalar, recording, found, walk)  # an output of 0 does not show any
-        input_gradients.append(torch.cat([gradient.reshape(batch_size, -1) for gradient in found.inputs], 1))
+        rows = [gradient.reshape(batch_size, -1) for gradient in found.inputs]
+        input_gradients.append(rows[0] if len(rows) == 1 else torch.cat(rows, 1))
         deltas.append(found.deltas)
-        input_sq_norm = input_sq_norm + scale**2 * row_sq_norm(widest_float(input_gradients[-1]))
+        input_sq_norm = input_sq_norm + scale**2 * widest_row_sq_norm(input_gradients[-1])
         plan = param_norms.plan_parameters(recording, walk, parameters, mixed, batch_size)
         dense, others = _dense_part(plan, recording, parameters)
         of_samples, of_batch = _dense_sq_norms(recording, found, scale, dense)
@@ -132,58 +141,115 @@ def _dense_part(
 def _dense_sq_norms(
     recording: Recording, found: gradients.SampleGradients, scale: Tensor, plan: ParameterPlan
 ) -> tuple[Tensor, Tensor]:
-    """‖∇_θ f_i‖², (B,), and ‖∇_θ mean_i f_i‖², 0-dim, over the parameters of the plan: float64.
-
-    The mean's from products between samples, without a gradient of a weight's size. They cancel where the mean is small, and
-    squares of large activations overflow: where the model's own type is not enough for that, in float64.
-    """
-    used = {index for uses in plan.closed.values() for index, _ in uses}
-    deltas = {index: found.deltas[index] for index in used}
+    """‖∇_θ f_i‖², (B,), and ‖∇_θ mean_i f_i‖², 0-dim, over the parameters of the plan: float64."""
     largest = scale.max()
     shares = divide_or_zero(scale, largest)
-    of_samples, of_sum = _sample_and_sum(recording, deltas, shares, plan)
-    used_once = all(len(uses) == 1 for uses in plan.closed.values())  # else the gradients of one sample may cancel
-    if any(delta.dtype != scale.dtype for delta in deltas.values()) and not (
-        used_once and _is_reliable(of_samples, of_sum, shares, _factors(recording, deltas))
-    ):
-        calls = [
-            call._replace(input=widest_float(call.checked_input()), input_version=None) if index in used else call
-            for index, call in enumerate(recording.calls)
-        ]
-        deltas = {index: widest_float(delta) for index, delta in deltas.items()}
-        of_samples, of_sum = _sample_and_sum(replace(recording, calls=calls), deltas, shares, plan)
+    layers = _layers_used_once(recording, found, plan)
+    of_samples, of_sum = (
+        _sq_norms_of_uses(recording, found, plan, shares) if layers is None else _sq_norms_of_layers(layers, shares)
+    )
     return scale**2 * of_samples, (largest / len(scale)) ** 2 * of_sum
 
 
-def _factors(recording: Recording, deltas: Mapping[int, Tensor]) -> Tensor:
-    """All ‖δ‖² and ‖h‖²: (2 calls, B)."""
-    pairs = [(delta, recording.calls[index].checked_input()) for index, delta in deltas.items()]
-    return torch.stack([row_sq_norm(rows) for pair in pairs for rows in pair])
+class _DenseLayer(NamedTuple):
+    """What a dense layer saw of a batch, and which of its parameters count."""
+
+    delta: Tensor  # (B, out)
+    input: Tensor  # (B, in)
+    weight: bool
+    bias: bool
+
+    def widest(self) -> _DenseLayer:
+        """The same in float64."""
+        return self._replace(delta=widest_float(self.delta), input=widest_float(self.input))
+
+    def sq_norm_of_sum(self, shares: Tensor) -> Tensor:
+        """‖Σ_i share_i ∇f_i‖², 0-dim: from products between samples if that is cheaper than the gradient of the weight."""
+        (size, rows), columns = self.delta.shape, self.input.shape[1]
+        if self.weight and size * (rows + columns) < rows * columns:
+            products, of_inputs = self.delta @ self.delta.t(), self.input @ self.input.t()
+            products = torch.addcmul(products, products, of_inputs) if self.bias else products * of_inputs
+            return torch.dot(shares, products @ shares)
+        shared = self.delta * shares.unsqueeze(1)
+        found = [shared.t() @ self.input] if self.weight else []
+        return total_sq_norm([*found, shared.sum(0)] if self.bias else found)
 
 
-def _is_reliable(of_samples: Tensor, of_sum: Tensor, shares: Tensor, factors: Tensor) -> bool:
-    """Whether nothing that counts has over- or underflowed, nor cancelled, in float32."""
-    least = _TINY * (1 + widest_float(factors.amax(0)))  # what one factor lacks is multiplied by another
-    in_range = of_samples.isfinite().all() & (of_samples >= least).all() & (of_sum >= least.max())
-    return bool(in_range & (of_sum >= _CANCELLED * (shares * of_samples.sqrt()).sum() ** 2))
+def _layers_used_once(
+    recording: Recording, found: gradients.SampleGradients, plan: ParameterPlan
+) -> list[_DenseLayer] | None:
+    """The layers that the plan's parameters belong to, or None if a parameter is used more than once."""
+    roles: dict[int, list[str]] = {}
+    for uses in plan.closed.values():
+        if len(uses) > 1:
+            return None
+        index, role = uses[0]
+        roles.setdefault(index, []).append(role)
+    layers = []
+    for index, known in roles.items():
+        delta, h = found.deltas[index], recording.calls[index].checked_input().detach()
+        layers.append(_DenseLayer(at_least_float32(delta), at_least_float32(h), "weight" in known, "bias" in known))
+    return layers
+
+
+def _sq_norms_of_layers(layers: Sequence[_DenseLayer], shares: Tensor) -> tuple[Tensor, Tensor]:
+    """‖∇_θ f_i‖², (B,), and ‖Σ_i share_i ∇_θ f_i‖², 0-dim, for δ without scales: float64.
+
+    The sum's is computed in the type of δ, if that is enough.
+    """
+    factors = [(widest_row_sq_norm(layer.delta), widest_row_sq_norm(layer.input)) for layer in layers]
+    of_samples = torch.zeros_like(shares)
+    for layer, (of_delta, of_input) in zip(layers, factors, strict=True):
+        of_samples = of_samples + of_delta * (of_input * layer.weight + float(layer.bias))
+
+    def of_sum(layers: Sequence[_DenseLayer]) -> Tensor:
+        found = [widest_float(layer.sq_norm_of_sum(shares.to(layer.delta.dtype))) for layer in layers]
+        return sum_tensors(found) if found else shares.new_zeros(())
+
+    first = of_sum(layers)
+    if all(layer.delta.dtype == shares.dtype for layer in layers):
+        return of_samples, first
+    if _is_reliable(first, shares * of_samples.sqrt(), torch.stack([*itertools.chain.from_iterable(factors)])):
+        return of_samples, first
+    return of_samples, of_sum([layer.widest() for layer in layers])
+
+
+def _is_reliable(of_sum: Tensor, norms: Tensor, factors: Tensor) -> bool:
+    """Whether nothing that counts has over- or underflowed in float32, nor cancelled.
+
+    Args:
+        of_sum: ‖Σ_i share_i ∇f_i‖², 0-dim.
+        norms: share_i ‖∇f_i‖, (B,).
+        factors: all ‖δ_i‖² and ‖h_i‖².
+    """
+    least = torch.maximum(
+        _CANCELLED * norms.sum() ** 2, _TINY * (1 + factors.max())
+    )  # what one factor lacks, another has
+    return bool(of_sum.isfinite() & (of_sum >= least))
 
 
 _TINY = 1e-30  # squares in float32 that are larger have lost no digits
 _CANCELLED = 1e-3  # of (Σ‖∇f_i‖)²: where no less is left of the sum, rounding has not changed its first four digits
 
 
-def _sample_and_sum(
-    recording: Recording, deltas: dict[int, Tensor], shares: Tensor, plan: ParameterPlan
+def _sq_norms_of_uses(
+    recording: Recording, found: gradients.SampleGradients, plan: ParameterPlan, shares: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """‖∇_θ f_i‖², (B,), and ‖Σ_i share_i ∇_θ f_i‖², 0-dim, for δ without scales: float64, computed in the type of δ."""
+    """`_sq_norms_of_layers` where a layer is used more than once, so that the gradients of one sample may cancel."""
+    used = {index for uses in plan.closed.values() for index, _ in uses}
+    calls = [
+        call._replace(input=widest_float(call.checked_input()), input_version=None) if index in used else call
+        for index, call in enumerate(recording.calls)
+    ]
+    recording = replace(recording, calls=calls)
     batch_size = len(shares)
 
     def sq_norms(deltas: dict[int, Tensor], group_size: int) -> Tensor:
-        found = gradients.SampleGradients([], deltas)
-        sq_norm = param_norms.closed_param_sq_norm(recording, found, plan, batch_size, group_size, shares.device)
-        return widest_float(sq_norm.detach())
+        rows = gradients.SampleGradients([], deltas)
+        return param_norms.closed_param_sq_norm(recording, rows, plan, batch_size, group_size, shares.device).detach()
 
-    shared = {index: delta * shares.to(delta.dtype).unsqueeze(1) for index, delta in deltas.items()}
+    deltas = {index: widest_float(found.deltas[index]) for index in used}
+    shared = {index: delta * shares.unsqueeze(1) for index, delta in deltas.items()}
     return sq_norms(deltas, 1), batch_size**2 * sq_norms(shared, batch_size).sum()
 
 
