@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,13 +15,13 @@ from torch import nn
 
 
 @contextlib.contextmanager
-def attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Attributes of all modules are afterwards as before; lists, dicts, sets and deques among them have their items again.
+def attributes_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Attributes of the modules are afterwards as before; lists, dicts, sets and deques among them have their items again.
 
     Random generators among them stand where they stood. What changes deeper inside, or in place in a tensor, stays changed.
     """
-    scripted = _scripted(model)
-    attributes = [(module, type(module), dict(vars(module))) for module in model.modules()]
+    scripted = _scripted(modules)
+    attributes = [(module, type(module), dict(vars(module))) for module in modules]
     containers = {id(value): (value, _items(value)) for *_, found in attributes for value in _containers(found)}
     rewinds = [rewind for *_, found in attributes for rewind in map(_rewind, found.values()) if rewind is not None]
     try:
@@ -38,10 +38,10 @@ def attributes_kept(model: nn.Module) -> Iterator[None]:
             setattr(module, name, value)
 
 
-def _scripted(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+def _scripted(modules: Sequence[nn.Module]) -> list[tuple[nn.Module, str, Any]]:
     """What torch.jit holds outside of Python, the train/eval flag too: module, name and value of every attribute."""
     found: list[tuple[nn.Module, str, Any]] = []
-    for module in model.modules():
+    for module in modules:
         if isinstance(module, torch.jit.ScriptModule):
             kind: Any = torch._C.ConcreteModuleType.from_jit_type(module._c._type())
             names = [name for name, (_, is_parameter) in kind.get_attributes().items() if not is_parameter]

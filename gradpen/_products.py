@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -12,36 +11,42 @@ from torch import Tensor, nn
 def times(matrix: Tensor) -> Callable[[Tensor], Tensor]:
     """u ↦ u M for rows u, (B, m) → (B, n), for many u and one M (m, n), such as the transpose of a weight.
 
-    On the CPU, in float32, Mᵀ is brought into oneDNN's own layout when first needed, a copy, if it is contiguous:
-    `torch.mm` rearranges it in every call. The operators that do this are those that compiled models call; where a build of
-    torch lacks them, and elsewhere, the product is `torch.mm`.
+    On the CPU, in float32, M is copied into oneDNN's own layout when first needed: `torch.mm` rearranges it in every
+    call. The operators that do this are those that compiled models call; where a build of torch lacks them, and
+    elsewhere, the product is `torch.mm`.
     """
-    transposed = matrix.detach().T
-    can_be_laid_out = _can_be_laid_out(transposed)
+    matrix = matrix.detach()
+    return _LaidOut(matrix) if _can_be_laid_out(matrix) else lambda u: u @ matrix
 
-    @functools.cache
-    def laid_out() -> Tensor:
-        return torch.ops.mkldnn._reorder_linear_weight(transposed, None)
 
-    def product(u: Tensor) -> Tensor:
-        if not can_be_laid_out or (len(u) < _FEW_ROWS and not laid_out.cache_info().currsize):
-            return u @ transposed.T
-        return torch.ops.mkldnn._linear_pointwise(u, laid_out(), None, "none", [], "")
+class _LaidOut:
+    """u ↦ u M. M itself is let go once there is a copy."""
 
-    return product
+    def __init__(self, matrix: Tensor) -> None:
+        self._matrix: Tensor | None = matrix
+        self._copy: Tensor | None = None
+
+    def __call__(self, u: Tensor) -> Tensor:
+        if self._matrix is not None:
+            if len(u) < _FEW_ROWS:
+                return u @ self._matrix
+            transposed = self._matrix.T if self._matrix.is_contiguous() else self._matrix.T.contiguous()
+            self._copy = torch.ops.mkldnn._reorder_linear_weight(transposed, None)
+            self._matrix = None
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(u, self._copy, None, "none", [], "")
+        return product
 
 
 _FEW_ROWS = 16  # products with fewer do not repay the copy
 
 
-def _can_be_laid_out(weight: Tensor) -> bool:
+def _can_be_laid_out(matrix: Tensor) -> bool:
     return (
-        type(weight) in (Tensor, nn.Parameter)
-        and weight.device.type == "cpu"
-        and weight.dtype == torch.float32
-        and weight.layout == torch.strided
-        and weight.is_contiguous()
-        and weight.numel() > 0
+        type(matrix) in (Tensor, nn.Parameter)
+        and matrix.device.type == "cpu"
+        and matrix.dtype == torch.float32
+        and matrix.layout == torch.strided
+        and matrix.numel() > 0
         and torch.backends.mkldnn.is_available()
         and bool(torch.backends.mkldnn.enabled)
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")

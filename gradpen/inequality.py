@@ -18,7 +18,7 @@ from gradpen.dense_chain import DenseChain
 from gradpen.isolation import outside_inference, untouched
 from gradpen.jacobians import is_rounding
 from gradpen.layer_norms import METHODS, NORMS, LayerNorms, NormSettings, jacobian_operators, layer_norms
-from gradpen.recording import Recording, RngState, record_forward
+from gradpen.recording import Recording, record_forward
 from gradpen.report import ExcludedLayer, InequalityReport, LayerTerms, ratio_or_nan
 from gradpen.sides import Sides, both_sides, output_cotangents
 from gradpen.terms import select_parameters
@@ -98,9 +98,8 @@ def evaluate_inequality(
     parameters = select_parameters(model, None)
     _check_precision(parameters)
     name = of if isinstance(of, str) else getattr(of, "__name__", "callable")
-    with untouched(model):
+    with untouched(model) as rng:
         x, y = outside_inference(x), outside_inference(y)
-        rng = RngState.capture()
         recording = record_forward(model, x, input_grad=True, calls=True)
         cotangents = output_cotangents(recording.output, y, of, criterion)
         _checks.check_input_rows(recording.inputs, recording.output.shape[0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,8 @@ from gradpen.recording import RngState, map_tensors
 
 
 @contextlib.contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Everything that a forward pass may change is put back, also after an exception.
+def untouched(model: nn.Module) -> Iterator[RngState]:
+    """Everything that a forward pass may change is put back, also after an exception. Yields the random streams' state.
 
     Inside: gradients are on (also within ``torch.inference_mode``), autocast is off, compiled modules run eagerly, attention
     runs in operations that can be differentiated twice. Afterwards: train/eval flags, buffers (the very tensors, with
@@ -36,8 +36,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         for device_type in {tensor.device.type for tensor in model.parameters()}:
             stack.enter_context(torch.autocast(device_type, enabled=False))
-        stack.enter_context(state_kept(model))
-        yield
+        yield stack.enter_context(state_kept(model))
 
 
 _runs_eagerly = contextvars.ContextVar("_runs_eagerly", default=False)
@@ -49,23 +48,27 @@ def runs_eagerly() -> bool:
 
 
 @contextlib.contextmanager
-def state_kept(model: nn.Module) -> Iterator[None]:
-    """Flags and other attributes, buffers, weights of Embedding(max_norm=…), random streams are afterwards as before."""
+def state_kept(model: nn.Module) -> Iterator[RngState]:
+    """Flags and other attributes, buffers, weights of Embedding(max_norm=…), random streams are afterwards as before.
+
+    Yields the random streams' state.
+    """
+    modules = list(model.modules())
     renormed = [  # embeddings whose forward pass shortens rows of the weight in place
         (module.weight, module.weight.detach().clone())
-        for module in model.modules()
+        for module in modules
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None
     ]
-    buffers = [(module, dict(module._buffers.items())) for module in model.modules()]
+    buffers = [(module, dict(module._buffers.items())) for module in modules]
     copies: dict[int, Tensor] = {}  # one for a buffer that several modules share
     try:
-        with random_streams_kept(), attributes_kept(model):
+        with random_streams_kept() as rng, attributes_kept(modules):
             for module, found in buffers:  # the originals may be part of a graph that is still to be used
                 for name, buffer in found.items():
                     if buffer is not None:
                         module._buffers[name] = _copy_once(buffer, copies)
-            _copy_tensor_attributes(model)
-            yield
+            _copy_tensor_attributes(modules)
+            yield rng
     finally:
         for module, found in buffers:
             for name in set(module._buffers.keys()) - found.keys():  # made in the first forward pass
@@ -79,10 +82,10 @@ def state_kept(model: nn.Module) -> Iterator[None]:
                     weight.copy_(before)
 
 
-def _copy_tensor_attributes(model: nn.Module) -> None:
+def _copy_tensor_attributes(modules: Sequence[nn.Module]) -> None:
     """What a forward pass changes in place is a copy then. One that several modules have stays one."""
     copies: dict[int, Tensor] = {}
-    for module in model.modules():
+    for module in modules:
         tensors = {name: value for name, value in vars(module).items() if type(value) is Tensor}
         vars(module).update({name: _copy_once(value, copies) for name, value in tensors.items()})
 
@@ -95,16 +98,16 @@ def _copy_once(tensor: Tensor, copies: dict[int, Tensor]) -> Tensor:
 
 
 @contextlib.contextmanager
-def random_streams_kept(seed: int | None = None) -> Iterator[None]:
+def random_streams_kept(seed: int | None = None) -> Iterator[RngState]:
     """The random streams of torch (CPU and CUDA), NumPy and Python stand afterwards where they stood.
 
-    Inside they go on from there, or start from `seed` if one is given.
+    Inside they go on from there, or start from `seed` if one is given. Yields where they stood.
     """
     rng = RngState.capture()
     try:
         if seed is not None:
             _seed_streams(seed)
-        yield
+        yield rng
     finally:
         rng.restore()
 

@@ -154,7 +154,10 @@ def _spectral_norms(wanted: Operators, weights: Sequence[Tensor], settings: Norm
     found = _norms_with_weights(iterated, deltas, weights, settings)
     for key, operator in wanted.items():
         if key not in iterated:
-            found[key] = _dense_norms(operator, settings)
+            is_weight = key[1] == "weight"
+            found[key] = (
+                spectral.dense_bracket(weights[key[0]].unsqueeze(0)) if is_weight else _dense_norms(operator, settings)
+            )
     return {
         key: Bracket(bracket.lower[0], bracket.upper[0]) if key[1] == "weight" else bracket
         for key, bracket in found.items()

@@ -217,7 +217,7 @@ def call_with(
 @contextlib.contextmanager
 def _attributes_of_second_pass(model: nn.Module) -> Iterator[None]:
     """`attributes_kept`; the first pass has shortened rows of Embedding(max_norm=…), and displaced ones stay as they are."""
-    with attributes_kept(model):
+    with attributes_kept(list(model.modules())):
         for module in model.modules():
             if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
                 module.max_norm = None

@@ -17,9 +17,10 @@ Array = np.ndarray[Any, Any]
 class BracketSearch:
     """Brackets of the largest eigenvalues of many samples, from coefficients as they come.
 
-    After 10, 13, 16, 20, … steps, θ gives each sample a target, where the upper end may be at most. The sample is done as
-    soon as K is large enough there: at that step, or one before the next target, which then takes a few numbers a step. So,
-    but for rounding, a bracket depends neither on the samples beside it nor on when the host looks.
+    After 4, 6, 8, 10, 13, … steps, but hardly before K can be large enough, θ gives each sample a target, where the upper
+    end may be at most. The sample is done as soon as K is large enough there: at that step, or one before the next target,
+    which then takes a few numbers a step. So, but for rounding, a bracket depends neither on the samples beside it nor on
+    when the host looks.
 
     Attributes:
         steps: after how many steps each sample is done, as far as is known, or else the most that it can take: (B,).
@@ -51,8 +52,13 @@ class BracketSearch:
         self._target_by_ritz = (1 - slack) / (1 + slack) / (1 - rtol) ** 2
         self._at_target = np.zeros((4, size))  # the target, and there d_j, log p_j² and K / p_j², as in `_Recurrence`
         self._growth = np.ones(size)  # of log K, by a step
-        self._lacking = np.full(size, np.inf)  # how many more steps are needed if it goes on growing so
-        self._anchors = [] if rtol <= eps else [step for step in _ANCHORS if step <= max_steps]
+        self._lacking = np.zeros(size)  # how many more steps are needed if it goes on growing so
+        growth = _GROWTH + 2 * math.acosh(2 / (1 - rtol) ** 2 - 1)
+        anchors = np.array([] if rtol <= eps else _ANCHORS)
+        anchors = anchors[anchors <= max_steps]
+        place = np.searchsorted(anchors, self._enough / growth)
+        self._first = np.append(anchors, max_steps + 1)[place]  # of them for each sample: (B,)
+        self._anchors = [int(step) for step in anchors if step >= self._first.min(initial=max_steps)]
         self._looked, self.next_look = 0, self._anchors[0] if self._anchors else max_steps
         self.present, self.is_over = np.arange(size), False
 
@@ -74,7 +80,8 @@ class BracketSearch:
         going_on = ~done | (done.sum() < self._worth_leaving(len(present)))
         self.present = present[going_on]
         if not self.is_over:
-            lacking = np.sort(self._lacking[present[~done]])
+            lacking = np.minimum(np.maximum(self._lacking, self._first - step), self.steps - step)
+            lacking = np.sort(lacking[present[~done]])
             needed = self._worth_leaving(len(self.present)) - (len(self.present) - len(lacking))
             ahead = min(lacking[min(needed, len(lacking)) - 1], 2 * step)
             ahead = math.ceil(ahead - _EARLY * max(ahead - _NEAR, 0))
@@ -105,19 +112,21 @@ class BracketSearch:
 
     def _follow(self, samples: Array, start: int, stop: int) -> None:
         """Steps `start` + 1 to `stop` of samples that are not done after `start`."""
+        samples = samples[self._first[samples] <= stop]
         anchors = [step for step in self._anchors if start < step <= stop and len(samples)]
         if not anchors:
             self._advance(samples, start, stop)
             return
         first, last = anchors[0], anchors[-1]
-        samples = self._advance(samples, start, first - 1)
+        begun = self._first[samples] <= start
+        samples = np.concatenate([samples[~begun], self._advance(samples[begun], start, first - 1)])
         able = self.steps[samples] >= last
         ended, samples = samples[~able], samples[able]
         cells = self._cells[samples]
         log_k_before = self._set_targets(samples, last) if len(samples) else self._enough[:0]
         if last > first:
             # whoever has too small a K a step before, at this target, was not done before: the earlier ones were no larger
-            doubtful = log_k_before >= self._enough[samples]
+            doubtful = (log_k_before >= self._enough[samples]) & (self._first[samples] < last)
             self._cells[samples[doubtful]] = cells[doubtful]
             back = np.concatenate([ended, samples[doubtful]])
             self._follow(back, first - 1, last - 1)
@@ -129,8 +138,6 @@ class BracketSearch:
 
     def _advance(self, samples: Array, start: int, stop: int) -> Array:
         """From `start` to `stop` at the same targets: who is not done then."""
-        if start < self._anchors[0]:
-            return samples
         for step in range(start + 1, stop + 1):
             if not len(samples):
                 break
@@ -165,11 +172,14 @@ class BracketSearch:
         return samples[self.steps[samples] > step]
 
 
-_ANCHORS = [10, 13, 16, 20, 25, 31, 39, 49, 61, 76, 95]
+_ANCHORS = [4, 6, 8, 10, 13, 16, 20, 25, 31, 39, 49, 61, 76, 95]
+_GROWTH = (
+    2.2  # of log K by a step, beside that of Chebyshev polynomials on [0, θ]: a few samples are done a step earlier
+)
 _NEAR, _EARLY = 4, 0.3  # of the steps beyond so many that seem to be needed, so much are not: K grows faster later on
 _LOOK_AFTER = 2  # steps at least: a look takes as long as a step of a small net
 _LEAST_GROWTH = 0.1  # of log K: no sample is given up
-_SPARE = 10.0  # in log K: what may be left of it at the target
+_SPARE = 20.0  # in log K: what may be left of it at the target
 _CELLS = 20  # rtol in widths of a cell: θ is sought in cells (1 + width)^i, the same at every look
 
 # In eps: rounding makes up a good part of a shorter vector, so that it is not orthogonal to those before it, and the largest
@@ -246,7 +256,7 @@ class _Recurrence(NamedTuple):
         size = np.where(self.scale > 0, self.scale, 1.0)
         low = np.maximum(known, np.floor(np.log(self._least_ritz().clip(min=self.eps) * size) / width))
         high = np.where(self.scale > 0, np.maximum(np.floor(np.log(size) / width), low) + 1, low)
-        points = low + (_AHEAD if np.isfinite(known).all() else np.ceil((high - low) * _EIGHTHS))
+        points = low + np.where(np.isfinite(known), _AHEAD, np.ceil((high - low) * _INTERIOR))
         part, sought = self, np.arange(len(low))
         while True:
             beyond = part.is_beyond(part.point(points, width)) | (points >= high[sought])
@@ -256,7 +266,7 @@ class _Recurrence(NamedTuple):
             if not is_open.any():
                 return low
             part, sought = part.restricted(is_open), sought[is_open]
-            points = low[sought] + np.ceil((high[sought] - low[sought]) * _EIGHTHS)
+            points = low[sought] + np.ceil((high[sought] - low[sought]) * _INTERIOR)
 
     def _least_ritz(self) -> Array:
         """What θ reaches: every entry of the diagonal, and the quotient of the vector that Toeplitz matrices have: (B,)."""
@@ -288,8 +298,8 @@ class _Recurrence(NamedTuple):
         """
         accuracy = 8 * self.eps
         widest = max(float((high - low).max(initial=0.0)), accuracy)
-        for _ in range(math.ceil(math.log(widest / accuracy, 4))):  # every round divides the interval by 4
-            points = low + (high - low) * _FIFTHS
+        for _ in range(math.ceil(math.log(widest / accuracy, len(_EIGHTHS) - 1))):
+            points = low + (high - low) * _EIGHTHS
             below = np.logical_not(self.is_beyond(points[1:-1])).sum(0, keepdims=True)
             low, high = (np.take_along_axis(points, end, 0)[0] for end in (below, below + 1))
         return low
@@ -324,9 +334,9 @@ class _Recurrence(NamedTuple):
         return np.where(beyond, log_k, -np.inf)
 
 
-_AHEAD = np.array([1.0, 2, 4, 16])[:, None]  # θ hardly moves from one look to the next
-_FIFTHS = np.linspace(0, 1, 5)[:, None]
-_EIGHTHS = np.arange(1, 8)[:, None] / 8
+_EIGHTHS = np.arange(9)[:, None] / 8
+_INTERIOR = _EIGHTHS[1:-1]
+_AHEAD = np.array([1.0, 2, 3, 4, 8, 16, 32])[:, None]  # as many: θ hardly moves from one look to the next
 _LAST = 4  # so many steps tell how fast log K grows
 
 

@@ -21,6 +21,7 @@ Comput. 2013).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -97,10 +98,11 @@ def lanczos_bracket(
     max_steps = min(max_steps, max(int(dimension.max()), 1))
     eps, may_leave = torch.finfo(start.dtype).eps, restrict is not None
     search = BracketSearch(dimension.numpy(), log_weight, rtol, max_steps, eps, may_leave=may_leave)
-    q = divide_or_zero(start, torch.linalg.vector_norm(start, dim=1, keepdim=True))
+    length = torch.linalg.vector_norm(start, dim=1, keepdim=True)
+    q = divide_or_zero(start, length)
     before, beta, largest = torch.zeros_like(q), q.new_zeros(size), q.new_zeros(size)
     product = gram(q)
-    factors = within = _factors_to_unit(gram, q, product)
+    factors = within = _factors_to_unit(gram, q, product, length > 0)
     if factors is not None:
         product = factors.times(gram, q)
     new: list[Tensor] = []  # α and β of the steps since the last look
@@ -151,8 +153,10 @@ class _Factors(NamedTuple):
         return widest_float(self.before.squeeze(1)).sqrt() * widest_float(self.after.squeeze(1)).sqrt()
 
 
-def _factors_to_unit(gram: MatVec, q: Tensor, product: Tensor) -> _Factors | None:
+def _factors_to_unit(gram: MatVec, q: Tensor, product: Tensor, is_unit: Tensor) -> _Factors | None:
     """Factors to about 1 for rows of products A_b q whose squares would under- or overflow; None if there are none.
+
+    Rows of q have length 1 if `is_unit`, (B, 1), or else 0.
 
     A small row has perhaps underflowed itself, to 0 or to a few digits, though J_b has not: it is seen from a longer q.
 
@@ -161,7 +165,7 @@ def _factors_to_unit(gram: MatVec, q: Tensor, product: Tensor) -> _Factors | Non
     """
     largest, info = product.abs().amax(1, keepdim=True), torch.finfo(product.dtype)
     low, high = info.tiny**0.25, info.max**0.25
-    small = (largest < low) & (q != 0).any(1, keepdim=True)
+    small = (largest < low) & is_unit
     far = small | ~(largest <= high)
     if not bool(far.any()):
         return None
@@ -194,7 +198,14 @@ def _lanczos_step(
 
 def _log_smallest_weight(dimension: Tensor, delta: float | Tensor) -> Array:
     """log t with P(⟨q, v⟩² <= t) <= δ for q uniform on the sphere in n dimensions: t = (δ B(1/2, (n−1)/2) / 2)²."""
-    half = (dimension.double() - 1).clamp(min=1) / 2
-    log_beta = math.lgamma(0.5) + torch.lgamma(half) - torch.lgamma(half + 0.5)
-    log_weight = 2 * (torch.as_tensor(delta / 2, dtype=torch.float64).cpu().log() + log_beta)
-    return torch.where(dimension > 1, log_weight, 0.0).numpy()  # in one dimension the weight is 1
+    log_beta = np.fromiter(map(_log_beta, dimension.tolist()), np.float64, len(dimension))
+    deltas = delta.cpu().double().numpy() if isinstance(delta, Tensor) else delta
+    log_weight = 2 * (np.log(deltas / 2) + log_beta)
+    return np.where(dimension.numpy() > 1, log_weight, 0.0)  # in one dimension the weight is 1
+
+
+@functools.cache
+def _log_beta(dimension: int) -> float:
+    """log B(1/2, (n−1)/2)."""
+    half = max(dimension - 1, 1) / 2
+    return math.lgamma(0.5) + math.lgamma(half) - math.lgamma(half + 0.5)

@@ -26,17 +26,23 @@ def test_products_with_a_weight_and_its_transpose(shape, rows, dtype):
 
 def test_few_rows_take_the_layout_only_if_it_is_there():
     weight = torch.randn(64, 64)
-    product, u = times(weight.T), torch.randn(3, 64)
-    for many in (torch.randn(64, 64), u):
-        torch.testing.assert_close(product(many), many @ weight.T)
+    product, few = times(weight.T), torch.randn(3, 64)
+    for u in (few, torch.randn(64, 64), few):
+        torch.testing.assert_close(product(u), u @ weight.T)
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
-def test_the_layout_is_that_of_contiguous_weights_in_float32(monkeypatch):
+def test_the_layout_is_for_float32_where_there_is_onednn(monkeypatch):
     weight = torch.randn(64, 32)
-    assert _products._can_be_laid_out(weight)
-    assert not _products._can_be_laid_out(weight.T) and not _products._can_be_laid_out(weight.double())
+    assert _products._can_be_laid_out(weight) and _products._can_be_laid_out(weight.T)
+    assert not _products._can_be_laid_out(weight.double())
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert not _products._can_be_laid_out(weight)
     u = torch.randn(32, 32)
     assert torch.equal(times(weight.T)(u), u @ weight.T)
+
+
+def test_matrices_whose_rows_lie_apart_or_on_each_other():
+    u = torch.randn(20, 64)
+    for matrix in (torch.randn(64, 40)[:, ::2], torch.randn(64, 1).expand(64, 30), torch.randn(1, 30).expand(64, 30)):
+        torch.testing.assert_close(times(matrix)(u), u @ matrix, rtol=1e-4, atol=1e-4)
