@@ -17,7 +17,7 @@ Array = np.ndarray[Any, Any]
 class BracketSearch:
     """Brackets of the largest eigenvalues of many samples, from coefficients as they come.
 
-    After 4, 6, 8, 10, 13, … steps, but hardly before K can be large enough, θ gives each sample a target, where the upper
+    After 4, 6, 8, 11, 14, … steps, but hardly before K can be large enough, θ gives each sample a target, where the upper
     end may be at most. The sample is done as soon as K is large enough there: at that step, or one before the next target,
     which then takes a few numbers a step. So, but for rounding, a bracket depends neither on the samples beside it nor on
     when the host looks.
@@ -172,7 +172,7 @@ class BracketSearch:
         return samples[self.steps[samples] > step]
 
 
-_ANCHORS = [4, 6, 8, 10, 13, 16, 20, 25, 31, 39, 49, 61, 76, 95]
+_ANCHORS = [4, 6, 8, 11, 14, 18, 23, 29, 36, 45, 56, 70, 88]
 _GROWTH = (
     2.2  # of log K by a step, beside that of Chebyshev polynomials on [0, θ]: a few samples are done a step earlier
 )

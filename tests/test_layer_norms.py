@@ -92,9 +92,10 @@ def coefficients(batch=40, size=60, steps=50):
     return np.array(rows)
 
 
-def search_of(taken, looks=None, may_leave=True):
+def search_of(taken, looks=None, may_leave=True, log_weight=-30.0, rtol=0.05):
     batch = taken.shape[2]
-    search = BracketSearch(np.full(batch, 60), np.full(batch, -30.0), 0.05, len(taken), 2.2e-16, may_leave=may_leave)
+    log_weight = np.broadcast_to(log_weight, batch)
+    search = BracketSearch(np.full(batch, 60), log_weight, rtol, len(taken), 2.2e-16, may_leave=may_leave)
     last, looked = 0, []
     while not search.is_over:
         if looks is not None:
@@ -112,6 +113,23 @@ def test_brackets_do_not_depend_on_when_the_host_looks(looks, may_leave):
     (expected, _), (found, _) = search_of(taken, range(10, 50)), search_of(taken, looks, may_leave)
     assert 10 <= expected.steps.min() < 13 and expected.steps.max() > 20
     assert (found.steps == expected.steps).all()
+    for end, other in zip(found.ends(), expected.ends(), strict=True):
+        np.testing.assert_allclose(end, other, rtol=1e-12)
+
+
+@pytest.mark.parametrize("rtol", [0.01, 0.05, 0.5])
+@pytest.mark.parametrize("looks", [None, range(1, 50), [4, 13, 30], [9, 12, 35], [49], [21, 22, 23]])
+def test_samples_with_more_to_prove_get_their_first_target_later(looks, rtol):
+    taken, log_weight = coefficients(), -np.linspace(5, 60, coefficients().shape[2])
+    (expected, _), (found, _) = (
+        search_of(taken, looks, log_weight=log_weight, rtol=rtol) for looks in (range(1, 50), looks)
+    )
+    assert (found.steps == expected.steps).all()
+    assert expected.steps.min() <= 8 < expected.steps.max()
+    for n in range(0, len(log_weight), 5):  # nor do the others matter
+        (alone, _) = search_of(taken[..., n : n + 1], log_weight=log_weight[n], rtol=rtol)
+        assert alone.steps == expected.steps[n]
+        np.testing.assert_allclose([*alone.ends()], [end[n : n + 1] for end in expected.ends()], rtol=1e-12)
     for end, other in zip(found.ends(), expected.ends(), strict=True):
         np.testing.assert_allclose(end, other, rtol=1e-12)
 
@@ -138,7 +156,7 @@ def test_exhausted_recurrences_do_not_depend_on_when_the_host_looks(looks):
         taken[length - 1, 1, sample] = taken[length:, :, sample] = 0
     taken[..., 2] = 0
     (expected, _), (found, _) = search_of(taken, range(10, 50)), search_of(taken, looks)
-    assert (found.steps == expected.steps).all() and (found.steps == 10).all()
+    assert (found.steps == expected.steps).all() and (found.steps == 11).all()
     for end, other in zip(found.ends(), expected.ends(), strict=True):
         np.testing.assert_allclose(end, other, rtol=1e-12)
 
