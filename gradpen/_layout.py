@@ -29,7 +29,7 @@ def pays_by_feature(rows: Tensor, weights: Sequence[Tensor]) -> bool:
         weights: of all layers.
     """
     return (
-        rows.device.type == "cpu"
+        rows.is_cpu
         and rows.shape[0] in _SAMPLES
         and len(weights) > 2  # the last layer's rows lie as everybody expects them
         and all(weight.shape[0] >= _FEWEST_FEATURES for weight in weights[:-1])

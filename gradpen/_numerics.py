@@ -58,7 +58,7 @@ def widest_row_sq_norm(tensor: Tensor) -> Tensor:
 
 def is_at_hand(tensor: Tensor) -> bool:
     """Whether the host can look at a tensor's entries without waiting for another device."""
-    if type(tensor) is not Tensor or tensor.device.type != "cpu":  # subclasses may have no entries at all
+    if type(tensor) is not Tensor or not tensor.is_cpu:  # subclasses may have no entries at all
         return False
     return not is_batched(tensor) and torch._C._functorch.peek_interpreter_stack() is None
 

@@ -43,7 +43,7 @@ _FEW_ROWS = 16  # products with fewer do not repay the copy
 def _can_be_laid_out(matrix: Tensor) -> bool:
     return (
         type(matrix) in (Tensor, nn.Parameter)
-        and matrix.device.type == "cpu"
+        and matrix.is_cpu
         and matrix.dtype == torch.float32
         and matrix.layout == torch.strided
         and matrix.numel() > 0

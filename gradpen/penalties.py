@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gradpen import _checks, evaluation
 from gradpen.criteria import Criterion, as_criterion
 from gradpen.evaluation import Evaluation
-from gradpen.recording import tensors_of
+from gradpen.recording import call_model, tensors_of
 from gradpen.terms import GroupNorms, InputTerm, ParameterFilter, ParamTerm, Term
 
 Weight = float | Callable[[int], float]
@@ -368,6 +368,8 @@ class PenalizedLoss(nn.Module):
         criterion = self.renewed_criterion()
         factors = [penalty.advance(model) for penalty in penalties]
         due = [(penalty, factor) for penalty, factor in zip(penalties, factors, strict=True) if factor is not None]
+        if not due:
+            return _without_penalties(call_model(model, x), y, criterion, [penalty.name for penalty in penalties])
         terms = [
             (penalty.term, criterion if penalty.criterion is None else penalty.renewed_criterion())
             for penalty, _ in due
@@ -391,6 +393,12 @@ class PenalizedLoss(nn.Module):
         if loss is data_loss:
             loss = data_loss.clone()  # `loss /= n` must leave the data loss alone
         return PenalizedOutput(loss, data_loss, values, evaluated.output)
+
+
+def _without_penalties(output: Any, y: Any, criterion: Criterion, names: Sequence[str]) -> PenalizedOutput:
+    data_loss = criterion.data_loss(output, y)
+    # a loss of its own: `loss /= n` must leave the data loss alone
+    return PenalizedOutput(data_loss.clone(), data_loss, {name: data_loss.new_zeros(()) for name in names}, output)
 
 
 def _evaluate_terms(
