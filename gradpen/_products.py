@@ -30,8 +30,7 @@ class _LaidOut:
         if self._matrix is not None:
             if len(u) < _FEW_ROWS:
                 return u @ self._matrix
-            transposed = self._matrix.T if self._matrix.is_contiguous() else self._matrix.T.contiguous()
-            self._copy = torch.ops.mkldnn._reorder_linear_weight(transposed, None)
+            self._copy = torch.ops.mkldnn._reorder_linear_weight(self._matrix.T.contiguous(), None)
             self._matrix = None
         product: Tensor = torch.ops.mkldnn._linear_pointwise(u, self._copy, None, "none", [], "")
         return product

@@ -179,7 +179,7 @@ _GROWTH = (
 _NEAR, _EARLY = 4, 0.3  # of the steps beyond so many that seem to be needed, so much are not: K grows faster later on
 _LOOK_AFTER = 2  # steps at least: a look takes as long as a step of a small net
 _LEAST_GROWTH = 0.1  # of log K: no sample is given up
-_SPARE = 20.0  # in log K: what may be left of it at the target
+_SPARE = 30.0  # in log K: what may be left of it at the target
 _CELLS = 20  # rtol in widths of a cell: θ is sought in cells (1 + width)^i, the same at every look
 
 # In eps: rounding makes up a good part of a shorter vector, so that it is not orthogonal to those before it, and the largest

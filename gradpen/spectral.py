@@ -99,7 +99,7 @@ def lanczos_bracket(
     eps, may_leave = torch.finfo(start.dtype).eps, restrict is not None
     search = BracketSearch(dimension.numpy(), log_weight, rtol, max_steps, eps, may_leave=may_leave)
     length = torch.linalg.vector_norm(start, dim=1, keepdim=True)
-    q = divide_or_zero(start, length)
+    q = start * divide_or_zero(torch.ones_like(length), length)
     before, beta, largest = torch.zeros_like(q), q.new_zeros(size), q.new_zeros(size)
     product = gram(q)
     factors = within = _factors_to_unit(gram, q, product, length > 0)
@@ -165,10 +165,10 @@ def _factors_to_unit(gram: MatVec, q: Tensor, product: Tensor, is_unit: Tensor) 
     """
     largest, info = product.abs().amax(1, keepdim=True), torch.finfo(product.dtype)
     low, high = info.tiny**0.25, info.max**0.25
+    if bool((torch.where(is_unit, largest, 1.0).amin() >= low) & (largest.amax() <= high)):
+        return None
     small = (largest < low) & is_unit
     far = small | ~(largest <= high)
-    if not bool(far.any()):
-        return None
     # σ^(−3/2) for A q of size σ²: between J and Jᵀ the vectors are as far above 1 as they are below it afterwards
     exponents = (-0.75 * largest.log2()).round().clamp(max=math.floor(0.875 * math.log2(info.max)))
     before = torch.where(small, torch.exp2(exponents), 1.0)
