@@ -148,6 +148,7 @@ def _dense_sq_norms(
     of_samples, of_sum = (
         _sq_norms_of_uses(recording, found, plan, shares) if layers is None else _sq_norms_of_layers(layers, shares)
     )
+    of_sum = of_sum.clamp(min=0)  # products between samples that cancel altogether leave rounding of either sign
     return scale**2 * of_samples, (largest / len(scale)) ** 2 * of_sum
 
 

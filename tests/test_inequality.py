@@ -203,6 +203,18 @@ def test_gradients_that_cancel_in_the_mean():
     assert single.batch_grad_sq_norm.item() == pytest.approx(double.batch_grad_sq_norm.item(), rel=1e-3)
 
 
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("tied", [False, True])
+def test_gradients_that_cancel_altogether_leave_no_negative_square(tied, seed):
+    torch.manual_seed(seed)
+    first = nn.Linear(20, 20)
+    model = nn.Sequential(first, nn.Tanh(), first if tied else nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 20)).double()
+    x, error = torch.randn(2, 20, dtype=torch.float64), torch.randn(2, 20, dtype=torch.float64)
+    y = model(x).detach()
+    report = evaluate_inequality(model, torch.cat([x, x]), torch.cat([y + error, y - error]), criterion=nn.MSELoss())
+    assert 0 <= report.batch_grad_sq_norm < 1e-14 * report.rhs.mean()
+
+
 # ---- what the report says about itself ----------------------------------------------------------------------------------
 
 
