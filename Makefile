@@ -10,7 +10,7 @@ OLDEST ?= .venv-oldest
 PYTEST_ARGS ?= -n 2
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt
 SETUP := $(VENV)/.setup
 BENCH_SETUP := $(VENV)/.bench
 

@@ -54,7 +54,6 @@ def test_norms_and_their_gradients(function, options, activation):
         check(*norms, model)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(
     "penalty",
     [
@@ -63,7 +62,9 @@ def test_norms_and_their_gradients(function, options, activation):
         lambda: InputGradPenalty(0.1, method="finite_difference"),
     ],
 )
-@pytest.mark.parametrize("apart", [False, True], ids=["in one objective", "added to a loss"])
+@pytest.mark.parametrize(
+    ("activation", "apart"), zip(ACTIVATIONS, [False, True], strict=True), ids=["in one objective", "added to a loss"]
+)
 def test_training_steps(penalty, activation, apart):
     """Smaller batches come and go, and the model is run without a penalty in between."""
     model, compiled, x, y = problem(activation)
@@ -80,9 +81,10 @@ def test_training_steps(penalty, activation, apart):
         ref.assert_close(*gradients)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(
+    ("activation", "donated"), [(ACTIVATIONS[0], True), (ACTIVATIONS[1], True), (ACTIVATIONS[1], False)]
+)
 @pytest.mark.parametrize(("function", "options"), QUANTITIES)
-@pytest.mark.parametrize("donated", [False, True])
 def test_a_module_that_was_trained_before(function, options, activation, donated):
     """Its backward pass may be one that writes over what it needs, unless torch was told not to make such."""
     model, compiled, x, y = problem(activation)
