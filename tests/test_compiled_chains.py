@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
@@ -79,10 +80,15 @@ PENALTIES: dict[str, Callable[[], list[GradPenalty]]] = {
 }
 
 
-@pytest.mark.parametrize("penalties", PENALTIES.values(), ids=PENALTIES)
-@pytest.mark.parametrize("activation", [nn.ReLU, nn.GELU], ids=["relu", "gelu"])
-def test_equal_to_eager(activation, penalties):
-    assert_same_step(PenalizedLoss(F.cross_entropy, *penalties()), chain(activation), *batch_of())
+@pytest.mark.parametrize(
+    ("name", "activation"),
+    [
+        *itertools.product(PENALTIES, [nn.GELU]),
+        *itertools.product(["input", "param", "batch", "difference"], [nn.ReLU]),
+    ],
+)
+def test_equal_to_eager(name, activation):
+    assert_same_step(PenalizedLoss(F.cross_entropy, *PENALTIES[name]()), chain(activation), *batch_of())
 
 
 ACTIVATIONS = [nn.LeakyReLU, partial(nn.LeakyReLU, -0.3), nn.SiLU, nn.Softplus, nn.ELU, nn.Sigmoid, nn.Identity]
