@@ -203,6 +203,27 @@ def test_gradients_that_cancel_in_the_mean():
     assert single.batch_grad_sq_norm.item() == pytest.approx(double.batch_grad_sq_norm.item(), rel=1e-3)
 
 
+@pytest.mark.parametrize("batch", [1, 3, 60])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["plain", "without_bias", "frozen_weight", "frozen_bias"])
+def test_the_batch_gradient_of_few_and_of_many_samples(kind, dtype, batch):
+    """By products between samples where these multiply less than the gradients, which are many samples' way."""
+    bias = kind != "without_bias"
+    layers = [nn.Linear(20, 30, bias), nn.Tanh(), nn.Linear(30, 24, bias), nn.Tanh(), nn.Linear(24, 16, bias)]
+    model = nn.Sequential(*layers).to(dtype)
+    if kind.startswith("frozen"):
+        getattr(model[2], kind.removeprefix("frozen_")).requires_grad_(False)
+    x, y = torch.randn(batch, 20, dtype=dtype), torch.randn(batch, 16, dtype=dtype)
+    counted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad(F.mse_loss(model(x), y), counted)
+    report = evaluate_inequality(model, x, y, criterion=nn.MSELoss())
+    expected = sum(gradient.double().square().sum() for gradient in gradients)
+    assert report.batch_grad_sq_norm.item() == pytest.approx(expected.item(), rel=1e-5)
+    rows = [torch.autograd.grad(F.mse_loss(model(x[i]), y[i]), counted) for i in range(batch)]
+    norms = [sum(gradient.double().square().sum() for gradient in row).item() for row in rows]
+    assert report.rhs.tolist() == pytest.approx(norms, rel=1e-5)
+
+
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("tied", [False, True])
 def test_gradients_that_cancel_altogether_leave_no_negative_square(tied, seed):
