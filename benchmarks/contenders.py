@@ -222,7 +222,7 @@ def compiled_step(work: Workload, penalties: list[GradPenalty]) -> Step:
         return _Loss(out.loss, out.penalties)
 
     step = _step_of(work, _compiled(loss_of))
-    for _ in range(2 * EVERY):  # steps with and without the penalty, each for the first time and for all others
+    for _ in range(EVERY):  # steps with and without the penalty
         step()
     for penalty in penalties:
         penalty.num_calls = 0

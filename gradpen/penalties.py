@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -425,6 +426,6 @@ def _traced() -> ModuleType:
 
 def _zero(model: nn.Module, x: Any) -> Tensor:
     """A zero that adds to a loss, on the device of the model or of the input."""
-    like = next(model.parameters(), None)
-    tensors = [like] if like is not None else tensors_of(x)
-    return torch.zeros((), device=tensors[0].device if tensors else None)
+    for like in itertools.chain(model.parameters(), tensors_of(x)):  # torch 2.8 compiles no `next` with a default
+        return torch.zeros((), device=like.device)
+    return torch.zeros(())

@@ -165,21 +165,36 @@ def _evaluate_chain(
 def advance(penalty: Any, training: bool) -> float | None:
     """`GradPenalty.advance` with a step counter that the graph takes as a variable.
 
-    An int in a module is a constant to `torch.compile`, and every step would be another graph.
+    An int in a module, or in anything that a global variable leads to, is a constant to `torch.compile`: every step would be
+    another graph.
 
     Raises:
         RuntimeError: if this torch cannot be told so.
     """
-    if not hasattr(torch._dynamo, "patch_dynamo_config"):
+    if not _COMPILES_PENALTIES:
         _refuse(
             f"gradient penalties can be compiled from torch 2.8 on, got {torch.__version__}: call the objective without "
             "torch.compile"
         )
-    with torch._dynamo.patch_dynamo_config(allow_unspec_int_on_nn_module=True):
+    _take_for_variables(_COUNTERS, True)
+    try:
         factor = penalty.factor_now(training)
         if training:
             penalty.num_calls += 1
-        return factor
+    finally:
+        _take_for_variables(_COUNTERS, False)
+    return factor
+
+
+_COMPILES_PENALTIES = torch.__version__ >= "2.8"  # torch compares versions, not strings
+_COUNTERS = r".*\.num_calls"
+
+
+@torch.compiler.assume_constant_result
+def _take_for_variables(sources: str, whether: bool) -> None:
+    """From here on, while tracing, let ints whose source matches a pattern be variables of the graph, or no longer so."""
+    others = [pattern for pattern in torch.compiler.config.dynamic_sources.split(",") if pattern not in ("", sources)]
+    torch.compiler.config.dynamic_sources = ",".join([*others, sources] if whether else others)
 
 
 def _scalar(term: Term, criterion: Criterion, target: Any) -> Callable[[Any], Tensor]:

@@ -65,7 +65,8 @@ class Products:
 
     def saved_types(self) -> set[torch.dtype]:
         (returned,) = self.graphs[0].graph.find_nodes(op="output")
-        return {node.meta["val"].dtype for node in returned.args[0] if node is not None}
+        values = [node.meta["val"] for node in returned.args[0] if node is not None]
+        return {value.dtype for value in values if isinstance(value, Tensor)}  # the step counter is a number
 
 
 PENALTIES: dict[str, Callable[[], list[GradPenalty]]] = {
