@@ -25,6 +25,8 @@ from workload import ImageSet, Workload, floors, load_images, synthetic_workload
 from gradpen import InputGradPenalty, ParamGradPenalty, evaluate_inequality
 from gradpen.penalties import GradPenalty
 
+NEVER_AGAIN = 10**9  # after the first call
+
 Results = dict[str, Any]
 Advance = Callable[[float], object]  # takes the share of a section that is done
 
@@ -232,6 +234,8 @@ def breakdown_section(setting: Setting, advance: Advance) -> Results:
     for job in jobs():
         ours = next(contender for contender in job.contenders if contender.who == "gradpen")
         steps.append((job.title, floor_of[job.floor], ours.build(setting.work.copied())))
+    left_out = objective_step(setting.work.copied(), [InputGradPenalty(INPUT_WEIGHT, every_n_steps=NEVER_AGAIN)])
+    steps.append(("a step that every_n_steps leaves out", 1.0, left_out))
     for state, work in _states(setting).items():
         check = partial(spectral_methods.bracketed_norms, work, 0.05, slack=False)
         steps.append((f"evaluate_inequality, slack=False, {state}", None, check))

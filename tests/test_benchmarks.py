@@ -227,7 +227,8 @@ def test_the_quick_run_has_every_row(tmp_path):
     assert all(point["quartiles"].keys() == point["ratios"].keys() for point in results["growth"])
     assert {point["series"] for point in results["growth"]} == {"batch", "width", "depth", "classes"}
     assert [step["name"] for step in results["memory"]["steps"]] == ["input", "param", "both", "batch"]
-    assert len(results["breakdown"]) == 1 + len(JOBS) + 2  # the plain step; the check before and after training
+    # the plain step; one without the penalty; the check before and after training
+    assert len(results["breakdown"]) == 1 + len(JOBS) + 1 + 2
     assert (results["cuda"] is None) == (not torch.cuda.is_available())
     assert results["machine"]["versions"]["gradpen"]
     assert results["machine"]["quick"] and results["machine"]["images"].startswith("scikit-learn")
