@@ -106,8 +106,10 @@ def plot_history(history: Sequence[Row], title: str | None = None) -> Figure:
         panels[2].set_title("coefficients $c_t$ relative to the first check")
     if not named:
         _draw_depths(figure, panels[2], names)
+    steps = [row["step"] for row in history]
+    margin = 0.05 * (max(steps) - min(steps)) or 1.0  # around a single check too, there are whole steps to name
     for axes in panels:
-        axes.set_xlabel("optimiser step")
+        axes.set(xlabel="optimiser step", xlim=(min(steps) - margin, max(steps) + margin))
         axes.locator_params(axis="x", integer=True)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize="small")

@@ -25,6 +25,19 @@ def test_a_single_check_is_seen():
         assert all(line.get_marker() == "o" for line in axes.lines)
 
 
+@pytest.mark.parametrize("steps", [(0,), (5,), (0, 1), (0, 10, 40)])
+def test_all_panels_have_the_same_whole_steps(steps):
+    """A single check, and a panel with nothing to show, had axes from -0.04 to 0.04."""
+    report = evaluate_inequality(cases.mlp(4, 6, 3), *batch_of(5))
+    rows = [row for step in steps for row in report_rows(report, step=step, epoch=0)]
+    for row in rows:
+        row |= {"coefficient": float("inf")} if "coefficient" in row else {}
+    panels = plot_history(rows).axes
+    assert len({axes.get_xlim() for axes in panels}) == 1
+    assert all(axes.get_xlim()[0] < steps[0] and steps[-1] < axes.get_xlim()[1] for axes in panels)
+    assert all(float(tick).is_integer() for axes in panels for tick in axes.get_xticks())
+
+
 def test_many_layers_are_told_apart_by_a_bar():
     model = nn.Sequential(*[module for _ in range(12) for module in (nn.Linear(4, 4), nn.Tanh())])
     rows = report_rows(evaluate_inequality(model, *batch_of(5)), step=5, epoch=0)
