@@ -100,7 +100,7 @@ def plot_history(history: Sequence[Row], title: str | None = None) -> Figure:
         first = next((row["coefficient"] for row in rows if 0 < row["coefficient"] < math.inf), None)
         if first is not None:
             _draw(panels[2], rows, [row["coefficient"] / first for row in rows], color=colour, label=label)
-            panels[2].set_yscale("log")
+            _make_log(panels[2])
     panels[1].set_ylim(bottom=0)  # last: it keeps the top where it is
     if names:
         panels[2].set_title("coefficients $c_t$ relative to the first check")
@@ -127,6 +127,11 @@ def _draw(axes: Axes, rows: Sequence[Row], values: Sequence[float], **style: Any
     axes.plot([row["step"] for row in rows], values, marker=marker, markersize=3, **style)
 
 
+def _make_log(axes: Axes) -> None:
+    """A log axis has no place for 0: a gap, where matplotlib would draw a cliff."""
+    axes.set_yscale("log", nonpositive="mask")
+
+
 def _draw_depths(figure: Figure, axes: Axes, names: Sequence[str]) -> None:
     """A bar that says which colour is which depth."""
     from matplotlib.cm import ScalarMappable
@@ -142,10 +147,11 @@ def _draw_sides(axes: Axes, whole: Sequence[Row]) -> None:
     right, left = ([row[side] for row in whole] for side in ("rhs", "lhs"))
     _draw(axes, whole, right, color="C3", label=_RHS)
     _draw(axes, whole, left, color="C0", label=_LHS)
-    axes.fill_between([row["step"] for row in whole], left, right, color="0.85", zorder=0)
+    shown = [all(0 < value < math.inf for value in sides) for sides in zip(left, right, strict=True)]
+    axes.fill_between([row["step"] for row in whole], left, right, where=shown, color="0.85", zorder=0)
     axes.set_title("both sides, mean over the probe")
-    if any(0 < value < math.inf for value in (*left, *right)):  # a log axis has no other places
-        axes.set_yscale("log")
+    if any(0 < value < math.inf for value in (*left, *right)):
+        _make_log(axes)
 
 
 def _draw_tightness(axes: Axes, whole: Sequence[Row]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 
 import cases
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -89,6 +90,21 @@ def test_what_overflowed_in_a_check_is_left_out_of_the_curves():
     figure = plot_history([*overflowed, *later[0], *later[1]])
     figure.canvas.draw()
     assert [list(line.get_ydata()) for line in figure.axes[2].lines] == [[float("inf"), 1, 1]] * 2
+
+
+def test_sides_that_vanish_leave_a_gap():
+    """Instead of a line straight down to the bottom of the log axis."""
+    report = evaluate_inequality(cases.mlp(4, 6, 3), *batch_of(5))
+    rows = [row for step in range(4) for row in report_rows(report, step=step, epoch=0)]
+    for row in rows:
+        if row["step"] == 2:
+            row |= {name: 0.0 for name in ("lhs", "rhs", "coefficient") if name in row}
+    sides, _, coefficients = plot_history(rows).axes
+    for line in (*sides.lines, *coefficients.lines):
+        drawn = line.get_transform().transform(line.get_xydata())
+        assert [bool(value) for value in np.isfinite(drawn[:, 1])] == [True, True, False, True]
+    assert all(np.isfinite(path.vertices).all() for path in sides.collections[0].get_paths())
+    assert min(vertex[1] for path in sides.collections[0].get_paths() for vertex in path.vertices) > 0
 
 
 def test_the_coefficients_of_all_norms_have_one_name():
