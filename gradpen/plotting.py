@@ -39,18 +39,16 @@ def plot_report(report: InequalityReport, title: str | None = None) -> Figure:
     figure, (samples, layers) = _figure(2, title)
     lhs, rhs = report.lhs.cpu(), report.rhs.cpu()
     positive = (lhs > 0) & (rhs > 0) & lhs.isfinite() & rhs.isfinite()  # a log axis has no other places
-    samples.scatter(rhs[positive], lhs[positive], s=12, alpha=0.7, color="C0", label="one sample")
     if positive.any():
+        samples.scatter(rhs[positive], lhs[positive], s=12, alpha=0.7, color="C0", label="one sample")
         ends = [float(min(lhs[positive].min(), rhs[positive].min())), float(rhs[positive].max())]
         samples.plot(ends, ends, color="0.4", linewidth=1, linestyle="--", label="equality")
         samples.set(xscale="log", yscale="log")
-        samples.legend(frameon=False)
     hidden = int((~positive).sum())
-    if hidden:
-        note = f"{hidden} of {len(lhs)} samples not shown:\na side is 0 or overflowed"
-        samples.text(
-            0.98, 0.02, note, transform=samples.transAxes, ha="right", va="bottom", color="0.4", fontsize="small"
-        )
+    note = f"{hidden} of {len(lhs)} samples not shown:\na side is 0 or overflowed" if hidden else None
+    # above the diagonal, where no sample can be
+    entries = samples.get_legend_handles_labels()
+    samples.legend(*entries, frameon=False, loc="upper left", title=note, title_fontsize="small", alignment="left")
     samples.set(xlabel=_RHS, ylabel=_LHS, title=f"{report.norm} norms, f = {report.of}")
     spread = [layer.tightness[~layer.tightness.isnan()].cpu().numpy() for layer in report.layers]
     if spread:

@@ -65,10 +65,26 @@ def test_samples_that_a_log_axis_cannot_show_are_counted():
     partly = plot_report(evaluate_inequality(model, x, y)).axes[0]
     nn.init.zeros_(model[2].weight)
     empty = plot_report(evaluate_inequality(model, x, y)).axes[0]
-    assert [text.get_text()[:21] for axes in (shown, partly, empty) for text in axes.texts] == [
+    legends = [axes.get_legend() for axes in (shown, partly, empty)]
+    assert [legend.get_title().get_text()[:21] for legend in legends] == [
+        "",
         "1 of 5 samples not sh",
         "5 of 5 samples not sh",
     ]
+    assert [len(legend.get_texts()) for legend in legends] == [2, 2, 0]
+
+
+def test_the_count_of_samples_that_are_not_shown_covers_none():
+    """It stood in the lower right corner, where the loosest samples are."""
+    model = cases.mlp(4, 6, 3)
+    with torch.no_grad():
+        model[2].weight.mul_(2e25)  # some of the right sides overflow then
+    figure = plot_report(evaluate_inequality(model, *batch_of(200)))
+    figure.canvas.draw()
+    samples = figure.axes[0]
+    points = samples.transData.transform(samples.collections[0].get_offsets())
+    places = [samples.get_legend().get_window_extent(), *(text.get_window_extent() for text in samples.texts)]
+    assert not any(place.contains(*point) for place in places for point in points)
 
 
 def test_what_overflows_is_left_out_of_the_figure():
@@ -77,7 +93,7 @@ def test_what_overflows_is_left_out_of_the_figure():
     assert report.rhs.isinf().all()
     figure = plot_report(report)
     figure.canvas.draw()
-    assert "5 of 5" in figure.axes[0].texts[0].get_text()
+    assert "5 of 5" in figure.axes[0].get_legend().get_title().get_text()
 
 
 def test_what_overflowed_in_a_check_is_left_out_of_the_curves():
