@@ -12,6 +12,7 @@ from gradpen.report import InequalityReport
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 __all__ = ["plot_history", "plot_report"]
 
@@ -56,6 +57,7 @@ def plot_report(report: InequalityReport, title: str | None = None) -> Figure:
         layers.boxplot(spread, tick_labels=names, showfliers=False)
         if sum(map(len, names)) > _LABEL_ROOM:
             layers.tick_params(axis="x", rotation=90, labelsize="small")
+            figure.set_figheight(figure.get_figheight() + _LETTER * max(map(len, names)))
     layers.set(ylim=(0, 1), xlabel="layer", ylabel="tightness (left / right)", title="by layer")
     return figure
 
@@ -91,10 +93,12 @@ def plot_history(history: Sequence[Row], title: str | None = None) -> Figure:
     _draw_sides(panels[0], whole)
     _draw_tightness(panels[1], whole)
     named = len(names) <= _MOST_NAMES
+    beneath = named and max(map(len, names), default=0) > _LEGEND_ROOM
+    lines = []
     for name, colour in zip(names, _colours(len(names)), strict=True):
         rows = _series(history, name)
-        label = f"layer {name}" if named else "_"
-        _draw(panels[1], rows, [row["tightness"] for row in rows], color=colour, label=label)
+        label = f"layer {name}" if named and not beneath else "_"
+        lines += _draw(panels[1], rows, [row["tightness"] for row in rows], color=colour, label=label)
         first = next((row["coefficient"] for row in rows if 0 < row["coefficient"] < math.inf), None)
         if first is not None:
             _draw(panels[2], rows, [row["coefficient"] / first for row in rows], color=colour, label=label)
@@ -104,6 +108,8 @@ def plot_history(history: Sequence[Row], title: str | None = None) -> Figure:
         panels[2].set_title("coefficients $c_t$ relative to the first check")
     if not named:
         _draw_depths(figure, panels[2], names)
+    if beneath:
+        _name_beneath(figure, lines, names)
     steps = [row["step"] for row in history]
     margin = 0.05 * (max(steps) - min(steps)) or 1.0  # around a single check too, there are whole steps to name
     for axes in panels:
@@ -115,14 +121,25 @@ def plot_history(history: Sequence[Row], title: str | None = None) -> Figure:
 
 
 _LABEL_ROOM = 40  # characters that have room side by side under one panel
+_LEGEND_ROOM = 24  # characters of a name that leave a panel room for its lines
+_LETTER, _LINE = 0.07, 0.2  # inches that a small letter is wide, and a line of them high
 _MOST_NAMES = 10  # layers that a legend names one by one
 _FEW_CHECKS = 40  # so many are marked: a line between them is no more than a guide, and a single one has none
 
 
-def _draw(axes: Axes, rows: Sequence[Row], values: Sequence[float], **style: Any) -> None:
+def _draw(axes: Axes, rows: Sequence[Row], values: Sequence[float], **style: Any) -> list[Line2D]:
     """A line over the steps of some rows."""
     marker = "o" if len(rows) <= _FEW_CHECKS else None
-    axes.plot([row["step"] for row in rows], values, marker=marker, markersize=3, **style)
+    return axes.plot([row["step"] for row in rows], values, marker=marker, markersize=3, **style)
+
+
+def _name_beneath(figure: Figure, lines: Sequence[Line2D], names: Sequence[str]) -> None:
+    """One legend under the panels, for names that would cover them."""
+    width = _LETTER * (max(map(len, names)) + 12)  # with "layer", a piece of the line and what is between
+    columns = max(1, int(figure.get_figwidth() / width))
+    figure.set_figheight(figure.get_figheight() + _LINE * math.ceil(len(names) / columns))
+    labels = [f"layer {name}" for name in names]
+    figure.legend(lines, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize="small")
 
 
 def _make_log(axes: Axes) -> None:

@@ -80,7 +80,7 @@ def test_the_count_of_samples_that_are_not_shown_covers_none():
     with torch.no_grad():
         model[2].weight.mul_(2e25)  # some of the right sides overflow then
     figure = plot_report(evaluate_inequality(model, *batch_of(200)))
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     samples = figure.axes[0]
     points = samples.transData.transform(samples.collections[0].get_offsets())
     places = [samples.get_legend().get_window_extent(), *(text.get_window_extent() for text in samples.texts)]
@@ -92,7 +92,7 @@ def test_what_overflows_is_left_out_of_the_figure():
     report = evaluate_inequality(model, 1e160 * torch.randn(5, 4, dtype=torch.float64), of="output")
     assert report.rhs.isinf().all()
     figure = plot_report(report)
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     assert "5 of 5" in figure.axes[0].get_legend().get_title().get_text()
 
 
@@ -102,9 +102,9 @@ def test_what_overflowed_in_a_check_is_left_out_of_the_curves():
     for row in overflowed:
         row |= {name: float("inf") for name in ("lhs", "rhs", "coefficient") if name in row}
     figure = plot_history(overflowed)  # alone
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     figure = plot_history([*overflowed, *later[0], *later[1]])
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     assert [list(line.get_ydata()) for line in figure.axes[2].lines] == [[float("inf"), 1, 1]] * 2
 
 
@@ -135,3 +135,21 @@ def test_many_names_of_layers_stand_upright(depth):
     report = evaluate_inequality(nn.Sequential(OrderedDict(encoder=model)), *batch_of(5))
     labels = plot_report(report).axes[1].get_xticklabels()
     assert {label.get_rotation() for label in labels} == {90 if depth == 14 else 0}
+
+
+@pytest.mark.parametrize("depth", [3, 8])
+def test_long_names_of_layers_leave_the_panels_their_room(depth):
+    """A legend covered the curves, and names under the boxes took more than half of the figure."""
+    model = nn.Sequential(*[module for _ in range(depth) for module in (nn.Linear(4, 4), nn.Tanh())])
+    named = nn.Sequential(OrderedDict(encoder_of_the_images_that_are_left=model))
+    report = evaluate_inequality(named, *batch_of(5))
+    history, by_sample = plot_history(report_rows(report, step=5, epoch=0)), plot_report(report)
+    for figure in (history, by_sample):
+        figure.draw_without_rendering()
+        assert all(axes.get_window_extent().height > 0.6 * 4 * figure.dpi for axes in figure.axes)
+    (beneath,) = history.legends
+    assert [text.get_text() for text in beneath.get_texts()] == [f"layer {layer.name}" for layer in report.layers]
+    place = beneath.get_window_extent()
+    assert 0 <= place.x0 < place.x1 <= history.bbox.width
+    assert not any(place.overlaps(axes.get_tightbbox()) for axes in history.axes)
+    assert [len(axes.get_legend().get_texts()) if axes.get_legend() else 0 for axes in history.axes] == [2, 2, 0]
