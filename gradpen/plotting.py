@@ -11,6 +11,7 @@ from gradpen.report import InequalityReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
@@ -45,6 +46,9 @@ def plot_report(report: InequalityReport, title: str | None = None) -> Figure:
         ends = [float(min(lhs[positive].min(), rhs[positive].min())), float(rhs[positive].max())]
         samples.plot(ends, ends, color="0.4", linewidth=1, linestyle="--", label="equality")
         samples.set(xscale="log", yscale="log")
+        for axis in (samples.xaxis, samples.yaxis):
+            _name_plainly(axis)
+        samples.tick_params(axis="x", which="both", rotation=30 if _is_narrow(samples.xaxis) else 0)
     hidden = int((~positive).sum())
     note = f"{hidden} of {len(lhs)} samples not shown:\na side is 0 or overflowed" if hidden else None
     # above the diagonal, where no sample can be
@@ -115,6 +119,7 @@ def plot_history(history: Sequence[Row], title: str | None = None) -> Figure:
     for axes in panels:
         axes.set(xlabel="optimiser step", xlim=(min(steps) - margin, max(steps) + margin))
         axes.locator_params(axis="x", integer=True)
+        _name_plainly(axes.yaxis)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize="small")
     return figure
@@ -145,6 +150,18 @@ def _name_beneath(figure: Figure, lines: Sequence[Line2D], names: Sequence[str])
 def _make_log(axes: Axes) -> None:
     """A log axis has no place for 0: a gap, where matplotlib would draw a cliff."""
     axes.set_yscale("log", nonpositive="mask")
+
+
+def _name_plainly(axis: Axis) -> None:
+    """Within one power of ten, numbers as they are: not 9.825 × 10⁻¹."""
+    if axis.get_scale() == "log" and _is_narrow(axis):
+        axis.set_major_formatter("{x:.9g}")
+        axis.set_minor_formatter("{x:.9g}")  # a ScalarFormatter would leave out what it says once for all ticks
+
+
+def _is_narrow(axis: Axis) -> bool:
+    low, high = axis.get_view_interval()
+    return bool(high < 10 * low)
 
 
 def _draw_depths(figure: Figure, axes: Axes, names: Sequence[str]) -> None:

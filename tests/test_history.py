@@ -153,3 +153,33 @@ def test_long_names_of_layers_leave_the_panels_their_room(depth):
     assert 0 <= place.x0 < place.x1 <= history.bbox.width
     assert not any(place.overlaps(axes.get_tightbbox()) for axes in history.axes)
     assert [len(axes.get_legend().get_texts()) if axes.get_legend() else 0 for axes in history.axes] == [2, 2, 0]
+
+
+@pytest.mark.parametrize("factor", [0.98, 1 + 1e-6])
+def test_log_axes_within_one_power_of_ten_have_plain_numbers(factor):
+    """They were 9.825 × 10⁻¹ and the like, and under the samples of a report they ran into each other."""
+    rows = report_rows(evaluate_inequality(cases.mlp(4, 6, 3), *batch_of(5)), step=0, epoch=0)
+    scaled = ("lhs", "rhs", "coefficient")
+    rows = [row | {name: 1e-7 for name in scaled if name in row} for row in rows]
+    later = [row | {"step": 5} | {name: factor * row[name] for name in scaled if name in row} for row in rows]
+    history = plot_history([*rows, *later])
+    tight = cases.mlp(4, 3)
+    nn.init.orthogonal_(tight[0].weight)
+    x = torch.tensor([[1.0], [1.5]]) * torch.randn(4)
+    report = plot_report(evaluate_inequality(tight, x, torch.tensor([0, 0])))
+    for figure, axis in (
+        (history, history.axes[0].yaxis),
+        (history, history.axes[2].yaxis),
+        (report, report.axes[0].yaxis),
+        (report, report.axes[0].xaxis),
+    ):
+        figure.draw_without_rendering()
+        assert axis.get_scale() == "log"
+        ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
+        named = [(tick.get_loc(), tick.label1.get_text()) for tick in ticks if tick.label1.get_text()]
+        assert len(named) > 1
+        assert all(
+            float(name.replace("\N{MINUS SIGN}", "-")) == pytest.approx(place, rel=1e-8) for place, name in named
+        )
+    turned = report.axes[0].get_xticklabels(which="both")
+    assert {label.get_rotation() for label in turned} == {30}
