@@ -467,6 +467,16 @@ def test_ctrl_c_ends_a_sweep_and_its_workers_in_one_line(
     assert signal.getsignal(signal.SIGINT) == handler
 
 
+def test_the_end_of_a_run_is_one_line_of_a_log(capsys: pytest.CaptureFixture) -> None:
+    """Piped output was broken after 80 characters, in the middle of a result."""
+    record = {"status": "ended", "reads_test": True, "result": {"test_accuracy": 0.5, "seconds": 12.0}}
+    name = "synthetic shapes, 2,000 images · input, every 4th step, label smoothing 0.1 · seed 3"
+    with sweep.Display() as display:
+        display.begin("reported", total=1, done=0)
+        display.ended(name, record)
+    assert f"{name}: test accuracy 50.00%, 12 s" in capsys.readouterr().err.splitlines()
+
+
 def test_ctrl_c_in_a_run_is_no_result_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: Any, **__: Any) -> None:
         raise SystemExit(1)  # what Lightning makes of it

@@ -130,7 +130,8 @@ class Display:
         if line is not None:
             self.progress.remove_task(line.id)
         self.progress.advance(self.bar)
-        self.progress.console.print(f"{name}: {outcome(record)}", highlight=False, markup=False)
+        ended = f"{name}: {outcome(record)}"
+        self.progress.console.print(ended, highlight=False, markup=False, soft_wrap=True)  # a log has no width
 
 
 def outcome(record: Record) -> str:
