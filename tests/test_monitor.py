@@ -776,6 +776,29 @@ def test_the_cost_is_announced_only_as_far_as_it_is_known(tmp_path, caplog):
     assert "how many steps there will be is not known" in caplog.text
 
 
+def test_no_number_of_steps_is_announced_under_manual_optimisation(tmp_path, caplog):
+    """Two optimisers make two steps a batch: of 24, 12 were announced, and half of the checks."""
+
+    class Manual(Plain):
+        automatic_optimization = False
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD(self.net[layer].parameters(), 0.1) for layer in (0, 3)]
+
+        def training_step(self, batch, batch_idx):
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+                self.manual_backward(super().training_step(batch, batch_idx)["loss"])
+                optimizer.step()
+
+    found = InequalityMonitor(every_n_steps=2, num_samples=8)
+    with caplog.at_level(logging.INFO):
+        run(Manual(), [found], tmp_path)
+    assert steps(found) == list(range(0, 25, 2))
+    assert "how many steps there will be is not known" in caplog.text
+    assert "of this run" not in caplog.text
+
+
 # --- the figure
 
 

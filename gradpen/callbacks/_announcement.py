@@ -106,6 +106,8 @@ def function_name(function: Any) -> str:
 
 def _last_step(trainer: Trainer) -> int | None:
     """The optimiser step at which training will end; None if it is not known."""
+    if not trainer.lightning_module.automatic_optimization:  # a batch may make any number of steps
+        return None
     try:
         steps = trainer.estimated_stepping_batches
     except MisconfigurationException:  # accumulation that changes from epoch to epoch
