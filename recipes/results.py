@@ -43,7 +43,8 @@ def has_diverged(model: nn.Module, probe: Labelled, history: Sequence[Row], step
 def bound_summary(history: Sequence[Row], diverged: bool) -> Summary:
     """The last check's tightness and norms (means over the probe), and the violations of all checks.
 
-    Without a check, and of a run that diverged after the last one, tightness and norms are None.
+    `checked_at` is its step: a run that was stopped early has gone on since. Without a check, and of a run that diverged
+    after the last one, tightness and norms are None.
     """
     whole = [row for row in history if row["layer"] == "all"]
     last = [] if diverged or not whole else [row for row in history if row["step"] == whole[-1]["step"]]
@@ -51,6 +52,7 @@ def bound_summary(history: Sequence[Row], diverged: bool) -> Summary:
     return {
         "diverged": diverged,
         **{name: at_end.get(name) for name in OF_LAST_CHECK},
+        "checked_at": at_end.get("step"),
         "tightness_by_layer": {row["layer"]: row["tightness"] for row in last if row["layer"] != "all"},
         "checks_made": len(whole),
         "violations": sum(row["violations"] for row in whole),
@@ -131,7 +133,8 @@ def _tightness(summary: Summary) -> str:
     if summary["tightness"] is None:
         return "no check at the end"
     mean, low, high = (_three_digits(summary[name]) for name in ("tightness", "tightness_min", "tightness_max"))
-    return f"{mean} (from {low} to {high})"
+    later = summary["steps"] - summary["checked_at"]
+    return f"{mean} (from {low} to {high}{f', {later} steps before the end' if later else ''})"
 
 
 def _three_digits(tightness: float) -> str:

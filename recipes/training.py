@@ -171,6 +171,7 @@ def train(settings: Settings, images: Images, model: nn.Module, objective: Penal
         "dataset_name": images.name,
         "completed": completed,
         "epochs_done": trainer.current_epoch,
+        "steps": trainer.global_step,
         "train_images": len(images.train.y),
         "test_accuracy": accuracy["accuracy/test"],
         "train_accuracy": accuracy["accuracy/train_final"],

@@ -113,7 +113,7 @@ def test_equal_seeds_give_equal_runs(run: Run, tmp_path: Path) -> None:
 
 
 def test_a_stopped_run_has_results_and_resumes_to_the_same_end(
-    run: Run, tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+    run: Run, tmp_path: Path, said: list[str], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unbroken = run("--penalty", "param", out="unbroken")
     set_epoch = images.EpochBatches.set_epoch
@@ -129,9 +129,13 @@ def test_a_stopped_run_has_results_and_resumes_to_the_same_end(
     assert said[-1] == "Stopped early. Go on later with --resume."
     assert not stopped["completed"]
     assert stopped["epochs_done"] == 1
+    assert (stopped["checked_at"], stopped["steps"]) == (10, 12)
+    assert ", 2 steps before the end)" in capsys.readouterr().out
     assert (tmp_path / "stopped" / "bound.png").exists()
     resumed = run("--penalty", "param", "--resume", out="stopped")
     assert without_clock(resumed) == without_clock(unbroken)
+    assert resumed["checked_at"] == resumed["steps"]
+    assert "before the end" not in capsys.readouterr().out
     for name in ("bound.csv", "metrics.csv"):
         assert rows(tmp_path / "stopped" / name) == rows(tmp_path / "unbroken" / name)
 
