@@ -323,11 +323,16 @@ def _clear(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out} is no folder, and cannot be made one: {error}") from error
-    for name in WRITTEN:
-        if (out / name).is_dir():
-            shutil.rmtree(out / name)
+    earlier = [out / name for name in WRITTEN if (out / name).exists()]
+    if earlier:
+        rank_zero_info(
+            f"{out} held an earlier run, which is removed: give another --out to keep one, or --resume to go on"
+        )
+    for path in earlier:
+        if path.is_dir():
+            shutil.rmtree(path)
         else:
-            (out / name).unlink(missing_ok=True)
+            path.unlink()
 
 
 def _step_of(checkpoint: Path) -> int:

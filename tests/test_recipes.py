@@ -160,6 +160,17 @@ def test_a_run_stopped_in_its_first_epoch_cannot_be_resumed(
     assert said[-1] == "Stopped early. No epoch was finished to go on from."
 
 
+def test_a_run_says_that_it_removes_an_earlier_one(run: Run, tmp_path: Path, said: list[str]) -> None:
+    """Whoever forgets --resume loses a checkpoint: not without a word."""
+    run(small=TINY)
+    assert not any("earlier run" in line for line in said)
+    run("--seed", "1", small=TINY)
+    (line,) = [line for line in said if "earlier run" in line]
+    assert line.startswith(f"{tmp_path / 'run'} held an earlier run, which is removed")
+    run("--seed", "1", "--resume", small=TINY)
+    assert len([line for line in said if "earlier run" in line]) == 1
+
+
 def test_a_finished_run_resumes_to_the_same_summary(run: Run) -> None:
     odd = ("--val-size", "100", "--checks", "1", "--batch-size", "100")  # 14 steps: the last check is at the end alone
     finished = run(*odd, small=TINY)
