@@ -109,6 +109,7 @@ def title(summary: Summary) -> str:
 def table(summary: Summary, out: Path) -> str:
     """The results, to be printed."""
     gap = summary["train_accuracy"] - summary["test_accuracy"]
+    epochs = f"{summary['epochs_done']} epoch{'' if summary['epochs_done'] == 1 else 's'}"
     done = "" if summary["completed"] else f" (stopped early, of {summary['epochs']})"
     figure = ", bound.png" if summary["checks_made"] else ""
     rows = [
@@ -121,7 +122,7 @@ def table(summary: Summary, out: Path) -> str:
         *((f"  layer {name}", _three_digits(value)) for name, value in summary["tightness_by_layer"].items()),
         ("violations", f"{summary['violations']} in {summary['checks_made']} checks"),
         ("penalty's cost", f"{summary['penalty_cost']:.2f} × a plain forward and backward pass"),
-        ("training time", f"{summary['seconds']:.1f} s for {summary['epochs_done']} epochs{done}, checks included"),
+        ("training time", f"{summary['seconds']:.1f} s for {epochs}{done}, checks included"),
         ("written to", f"{out}/: summary.json, metrics.csv, bound.csv{figure}"),
     ]
     width = max(len(name) for name, _ in rows)

@@ -130,12 +130,16 @@ def test_a_stopped_run_has_results_and_resumes_to_the_same_end(
     assert not stopped["completed"]
     assert stopped["epochs_done"] == 1
     assert (stopped["checked_at"], stopped["steps"]) == (10, 12)
-    assert ", 2 steps before the end)" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert ", 2 steps before the end)" in printed
+    assert "for 1 epoch (stopped early, of 2), checks included" in printed
     assert (tmp_path / "stopped" / "bound.png").exists()
     resumed = run("--penalty", "param", "--resume", out="stopped")
     assert without_clock(resumed) == without_clock(unbroken)
     assert resumed["checked_at"] == resumed["steps"]
-    assert "before the end" not in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "before the end" not in printed
+    assert "for 2 epochs, checks included" in printed
     for name in ("bound.csv", "metrics.csv"):
         assert rows(tmp_path / "stopped" / name) == rows(tmp_path / "unbroken" / name)
 
