@@ -171,9 +171,11 @@ def with_default_weights(settings: Some, defaults: Mapping[str, tuple[float, flo
         return replace(settings, weight=0.0)
     weight, param_weight = settings.weight, settings.param_weight
     needed = [weight, param_weight] if settings.penalty == "both" else [weight]
-    if None in needed and (settings.of, settings.over) != ("loss", "sample"):
+    asked = ((flag, getattr(settings, flag), usual) for flag, usual in (("of", "loss"), ("over", "sample")))
+    variant = [f"--{flag} {value}" for flag, value, usual in asked if value != usual]
+    if None in needed and variant:
         raise UserError(
-            f"--of {settings.of} --over {settings.over} has no default weight: give --weight"
+            f"{' '.join(variant)} has no default weight: give --weight"
             f"{' and --param-weight' if settings.penalty == 'both' else ''}"
         )
     first, second = defaults[settings.penalty]
