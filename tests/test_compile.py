@@ -211,6 +211,23 @@ def test_a_model_whose_tokens_come_first():
     assert_same_step(objective, SequenceFirst().double(), x, y)
 
 
+PARTIALS = {
+    "options": partial(F.cross_entropy, label_smoothing=0.1, weight=torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)),
+    "per sample": partial(lambda factor, output, target: factor * output.square().sum(1), 0.5),
+}
+
+
+@needs_compilable_torch
+@pytest.mark.parametrize("kind", PARTIALS)
+def test_a_partial_as_criterion(kind: str):
+    objective, model, (x, y) = PenalizedLoss(PARTIALS[kind], InputGradPenalty(0.1)), small_mlp(), batch_of()
+    step = compiled(objective)
+    torch.testing.assert_close(one_step(step, model, x, y), one_step(objective, model, x, y))
+    other = torch.tensor([3.0, 1.0, 0.5], dtype=torch.float64)  # to be noticed, though it looks like the one before
+    objective.criterion = partial(F.cross_entropy, label_smoothing=0.1, weight=other)
+    torch.testing.assert_close(one_step(step, model, x, y), one_step(objective, model, x, y))
+
+
 # ---- what changes after the compilation -----------------------------------------------------------------------------
 
 
