@@ -178,12 +178,19 @@ def advance(penalty: Any, training: bool) -> float | None:
         )
     _take_for_variables(_COUNTERS, True)
     try:
-        factor = penalty.factor_now(training)
+        is_left_out = training and penalty.num_calls % penalty.every_n_steps != 0
+        # a number that is looked at and not computed with would be a constant of the graph, and of those compiled later
+        factor = None if is_left_out and _has_number_for_weight(id(penalty)) else penalty.factor_now(training)
         if training:
             penalty.num_calls += 1
     finally:
         _take_for_variables(_COUNTERS, False)
     return factor
+
+
+@torch.compiler.assume_constant_result
+def _has_number_for_weight(penalty_id: int) -> bool:
+    return not callable(_alive({penalty_id})[penalty_id].weight)
 
 
 _COMPILES_PENALTIES = torch.__version__ >= "2.8"  # torch compares versions, not strings

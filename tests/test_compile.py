@@ -268,6 +268,19 @@ def test_other_weights_are_no_new_graphs():
     assert counter.frame_count <= 3
 
 
+@needs_compilable_torch
+@pytest.mark.skipif(torch.__version__ < (2, 13), reason="this torch takes numbers that are attributes for constants")
+def test_other_weights_of_a_lazy_penalty_are_no_new_graphs():
+    """The steps without the term must not look at the weight: it would be a constant of all later graphs."""
+    model, (x, y), counter = small_mlp(), batch_of(), CompileCounterWithBackend("aot_eager")
+    traced, eager = (PenalizedLoss(F.cross_entropy, InputGradPenalty(0.1, every_n_steps=2)) for _ in range(2))
+    step = compiled(traced, counter)
+    for number in range(10):
+        traced.penalties[0].weight = eager.penalties[0].weight = 0.1 * (number + 1)
+        torch.testing.assert_close(one_step(step, model, x, y), one_step(eager, model, x, y))
+    assert counter.frame_count <= 3
+
+
 class Mixing(nn.Module):
     """Mixes the samples if told to."""
 
