@@ -445,7 +445,12 @@ def renew_criteria(owner: nn.Module) -> None:
 def _renew_criteria(owner_id: int) -> None:
     for module in _alive({owner_id})[owner_id].modules():
         if hasattr(module, "_criterion"):
-            module._criterion = module.renewed_criterion()
+            criterion = module._criterion = module.renewed_criterion()
+            if isinstance(criterion.source, nn.Module) and criterion.reduction is not None:
+                # what is traced sets it and puts it back, and a guard says that there was none if it is one of the class
+                vars(getattr(criterion.source, "_orig_mod", criterion.source)).setdefault(
+                    "reduction", criterion.reduction
+                )
 
 
 @torch.compiler.assume_constant_result

@@ -211,6 +211,22 @@ def test_a_model_whose_tokens_come_first():
     assert_same_step(objective, SequenceFirst().double(), x, y)
 
 
+class OfItsClass(nn.Module):
+    """Has a reduction that every instance starts with."""
+
+    reduction = "mean"
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(output, target, reduction=self.reduction)
+
+
+@needs_compilable_torch
+def test_a_reduction_that_is_an_attribute_of_the_class():
+    criterion = OfItsClass()
+    assert_same_step(PenalizedLoss(criterion, ParamGradPenalty(0.1)), small_mlp(), *batch_of())
+    assert criterion.reduction == "mean"
+
+
 PARTIALS = {
     "options": partial(F.cross_entropy, label_smoothing=0.1, weight=torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)),
     "per sample": partial(lambda factor, output, target: factor * output.square().sum(1), 0.5),
