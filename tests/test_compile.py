@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -357,6 +358,23 @@ def test_steps_of_a_global_variable_are_no_new_graphs(alone: bool):
         torch.testing.assert_close(loss_of(x, y), eager(model, x, y).loss)
         frames.append(counter.frame_count)
     assert frames == [1] + [2] * 11
+
+
+def decaying(step: int) -> float:
+    """With all kinds of functions that docs/compile.md names."""
+    return (
+        math.e ** (-0.2 * step) + math.sqrt(step) + math.log2(step + 1) + 2 + math.cos(step) + math.tanh(max(step, 3))
+    )
+
+
+@needs_compilable_torch
+def test_schedules_of_functions_that_can_be_traced_are_no_new_graphs():
+    model, (x, y), counter = small_mlp(), batch_of(), CompileCounterWithBackend("aot_eager")
+    traced, eager = (PenalizedLoss(F.cross_entropy, InputGradPenalty(decaying)) for _ in range(2))
+    step = compiled(traced, counter)
+    for _ in range(10):
+        torch.testing.assert_close(one_step(step, model, x, y), one_step(eager, model, x, y))
+    assert counter.frame_count <= 3
 
 
 @needs_compilable_torch
