@@ -37,9 +37,9 @@ class Criterion:
 
     def renewed(self, source: Callable[..., Tensor]) -> Criterion:
         """What `source` is taken apart into now: this, unless it is another criterion or has another reduction by now."""
-        if not _are_same(source, self.source):
-            return as_criterion(source)
-        same = not isinstance(source, nn.Module) or _reduction_of(source) == self.reduction
+        same = _are_same(source, self.source)
+        if same and isinstance(source, nn.Module):
+            same = _reduction_of(source) == self.reduction
         return self if same else as_criterion(source)
 
     @property
@@ -122,19 +122,6 @@ class Criterion:
 
 IGNORED = -100  # the target that F.cross_entropy leaves out unless told otherwise
 _SUMMED = ("sum", "batchmean")  # both add up the entries of a sample; "batchmean" then averages over the samples
-
-
-def _are_same(one: Any, other: Any) -> bool:
-    """Whether they are one object; to torch.compile a partial read from two places is two, of the same parts."""
-    if type(one) is partial and type(other) is partial:
-        return (
-            one.func is other.func
-            and len(one.args) == len(other.args)
-            and all(_are_same(a, b) for a, b in zip(one.args, other.args, strict=True))
-            and one.keywords.keys() == other.keywords.keys()
-            and all(_are_same(value, other.keywords[name]) for name, value in one.keywords.items())
-        )
-    return one is other
 
 
 # Losses whose mean is that of the f_i. Not so the CTC loss, which divides each f_i by another length.
@@ -245,6 +232,19 @@ def scalar_per_sample(function: Callable[..., Tensor], output: Any, target: Any)
             "the batch"
         )
     return values
+
+
+def _are_same(one: Any, other: Any) -> bool:
+    """Whether they are one object; to torch.compile a partial that is read from two places is two, of the same parts."""
+    if type(one) is not partial or type(other) is not partial:
+        return one is other
+    pairs = [(one.func, other.func), *zip(one.args, other.args, strict=False)]
+    pairs += [(value, other.keywords.get(name)) for name, value in one.keywords.items()]
+    return (
+        len(one.args) == len(other.args)
+        and one.keywords.keys() == other.keywords.keys()
+        and all(_are_same(a, b) for a, b in pairs)
+    )
 
 
 def _reduction_of(criterion: Callable[..., Tensor]) -> str | None:
