@@ -4,6 +4,7 @@
     python benchmarks/run.py --quick            the same rows on a smaller net, under a minute: to see that it works
     python benchmarks/run.py --publish          and write the documentation's table and figures
     python benchmarks/run.py --only input,param some of the rows
+    python benchmarks/run.py --of a.json b.json the medians of whole runs that --out has kept, instead of a new one
 
 First all contenders must compute the same numbers. Times are medians of interleaved repetitions, as ratios to the plain
 step of the same repetition.
@@ -26,6 +27,7 @@ import sections
 import tables
 import torch
 from machine import describe_machine
+from medians import median_of_runs
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -36,6 +38,7 @@ PUBLISHED = HERE / "results" / "published.json"
 LATEST = HERE / "results" / "latest.json"
 DOCS = HERE.parent / "docs"
 DOCS_TABLE = DOCS / "_generated" / "performance.md"
+SHOWN = {"rows", "breakdown", "spectral", "memory", "growth", "cuda"}  # by the documentation
 
 
 @dataclass(frozen=True)
@@ -89,12 +92,34 @@ def main(arguments: list[str] | None = None) -> Results:
     parser.add_argument("--threads", type=int, default=threads, help=f"of torch; default {threads}")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where MNIST/raw is")
     parser.add_argument("--out", type=Path, default=LATEST, help="the JSON")
+    parser.add_argument("--of", type=Path, nargs="+", default=[], help="JSON of whole runs, to be made one of")
     given = parser.parse_args(arguments)
     only = {name for name in given.only.split(",") if name}
     if unknown := only - sections.SECTIONS.keys():
         parser.error(f"--only expects some of {', '.join(sections.SECTIONS)}, got {', '.join(sorted(unknown))}")
     if given.publish and (given.quick or only):
         parser.error("--publish expects a whole run: leave out --quick and --only")
+    console = Console(width=None if sys.stdout.isatty() else 160)  # tables in files need not fit 80 columns
+    if given.of:
+        try:
+            results = median_of_runs(given.of)
+        except (OSError, ValueError) as error:
+            parser.error(f"--of: {error}")
+        if given.publish and (results["machine"]["quick"] or not results.keys() >= SHOWN):
+            parser.error("--publish expects whole runs: --of names one of --quick or --only")
+        _write_json(given.out, results)
+        console.print(Markdown(tables.as_markdown(results)))
+    else:
+        results = _measured(given, only, console)
+    if given.publish:
+        publish(results)
+    console.print(
+        f"written to {given.out}" + (f", {PUBLISHED.relative_to(HERE.parent)} and docs/" if given.publish else "")
+    )
+    return results
+
+
+def _measured(given: argparse.Namespace, only: set[str], console: Console) -> Results:
     size = QUICK if given.quick else FULL
     setting = Setting(
         hidden=size.hidden,
@@ -105,7 +130,6 @@ def main(arguments: list[str] | None = None) -> Results:
         data_dir=given.data_dir,
         threads=given.threads,
     )
-    console = Console(width=None if sys.stdout.isatty() else 160)  # tables in files need not fit 80 columns
     torch.set_num_threads(given.threads)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     progress = Progress(*columns, console=console, refresh_per_second=1)  # its thread takes turns with what is timed
@@ -116,11 +140,6 @@ def main(arguments: list[str] | None = None) -> Results:
             measure_all(setting, only, progress, results, partial(_write_json, given.out))
     finally:  # what was measured before an error is shown, too
         console.print(Markdown(tables.as_markdown(results)))
-    if given.publish:
-        publish(results)
-    console.print(
-        f"written to {given.out}" + (f", {PUBLISHED.relative_to(HERE.parent)} and docs/" if given.publish else "")
-    )
     return results
 
 

@@ -30,11 +30,12 @@ def as_markdown(results: Results) -> str:
 def _machine(machine: Results) -> str:
     versions = ", ".join(f"{name} {version or '(not installed)'}" for name, version in machine["versions"].items())
     widths = "-".join(map(str, machine["widths"]))
+    runs = f" Medians of {machine['runs']} whole runs." if machine.get("runs", 1) > 1 else ""
     quick = " A quick run: a small net and few repetitions, so the figures say little." if machine["quick"] else ""
     return (
         f"{machine['date']}, {machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, "
         f"{machine['capability']}, Python {machine['python']}, {versions}. ReLU MLP {widths}, batch "
-        f"{machine['batch_size']}, float32, {machine['images']}.{quick}"
+        f"{machine['batch_size']}, float32, {machine['images']}.{runs}{quick}"
     )
 
 

@@ -8,6 +8,8 @@ import sys
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ import contenders
 import cuda_steps
 import figures
 import measure
+import medians
 import memory
 import peers
 import recipe_epoch
@@ -324,6 +327,45 @@ def test_publishing_a_part_is_refused(capsys):
         with pytest.raises(SystemExit):
             run.main(flags)
     assert "expects" in capsys.readouterr().err
+
+
+def run_of(folder: Path, name: str, *, torch_version: str = "2.15.0", **figures: Any) -> Path:
+    """A file as --out writes it, with what is to be merged and little else."""
+    entries = [
+        {"name": "PenalizedLoss", "who": "gradpen", "rounds": 40, **figures},
+        {"name": "Opacus", "who": "peer", "reason": "its norms carry no graph"},
+    ]
+    machine = {"date": "2026-01-02", "quick": False, "versions": {"torch": torch_version}}
+    file = folder / f"{name}.json"
+    file.write_text(json.dumps({"machine": machine, "rows": [{"title": "input penalty", "entries": entries}]}))
+    return file
+
+
+def test_several_runs_come_to_their_medians(tmp_path):
+    ratios = {"a": 2.5, "b": 2.25, "c": 4.0}
+    files = [run_of(tmp_path, name, ratio=ratio, quartiles=[ratio - 1, ratio + 1]) for name, ratio in ratios.items()]
+    results = medians.median_of_runs(files)
+    ours, peer = results["rows"][0]["entries"]
+    assert (ours["ratio"], ours["quartiles"], ours["rounds"]) == (2.5, [1.5, 3.5], 40)
+    assert peer["reason"] == "its norms carry no graph"
+    assert results["machine"]["runs"] == 3
+
+
+@pytest.mark.parametrize("other", [{"torch_version": "2.14.0", "ratio": 2.0}, {"seconds": 2.0}, {"ratio": 2}])
+def test_runs_of_other_versions_and_rows_are_not_merged(tmp_path, other):
+    files = [run_of(tmp_path, "a", ratio=2.0), run_of(tmp_path, "b", **other)]
+    with pytest.raises(medians.DifferentRunsError, match="expected runs of the same"):
+        medians.median_of_runs(files)
+
+
+def test_publishing_a_part_of_runs_is_refused(tmp_path, capsys):
+    part = run_of(tmp_path, "a", ratio=2.0)
+    for file in (part, tmp_path / "nothing.json"):
+        with pytest.raises(SystemExit):
+            run.main(["--publish", "--out", str(tmp_path / "out.json"), "--of", str(file)])
+    errors = capsys.readouterr().err
+    assert "expects whole runs" in errors and "nothing.json" in errors
+    assert not (tmp_path / "out.json").exists()
 
 
 @pytest.mark.parametrize("setting", [written_out.without_autograd, written_out.behind_a_loss])
