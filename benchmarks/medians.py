@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 Results = dict[str, Any]
+ROUNDS = "rounds"  # how many there were, of a row or of each kind of step
 
 
 class DifferentRunsError(ValueError):
@@ -36,14 +37,14 @@ def _median(values: Sequence[Any], place: str) -> Any:
     if isinstance(first, dict):
         if any(value.keys() != first.keys() for value in values):
             raise DifferentRunsError(f"expected runs of the same rows, got others in {place}")
-        return {key: _median([value[key] for value in values], key) for key in first}
+        return {key: _median([value[key] for value in values], place if place == ROUNDS else key) for key in first}
     if isinstance(first, list):
         if any(len(value) != len(first) for value in values):
             raise DifferentRunsError(f"expected runs of the same rows, got others in {place}")
         return [_median(several, place) for several in zip(*values, strict=True)]
     if isinstance(first, float):
         return statistics.median(values)
-    if isinstance(first, int) and place == "rounds":
+    if isinstance(first, int) and place == ROUNDS:
         return statistics.median_low(values)
     if any(value != first for value in values):
         raise DifferentRunsError(f"expected runs of the same versions, machine and rows, got {values} as {place}")

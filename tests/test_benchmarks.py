@@ -329,10 +329,10 @@ def test_publishing_a_part_is_refused(capsys):
     assert "expects" in capsys.readouterr().err
 
 
-def run_of(folder: Path, name: str, *, torch_version: str = "2.15.0", **figures: Any) -> Path:
+def run_of(folder: Path, name: str, *, torch_version: str = "2.15.0", rounds: Any = 40, **figures: Any) -> Path:
     """A file as --out writes it, with what is to be merged and little else."""
     entries = [
-        {"name": "PenalizedLoss", "who": "gradpen", "rounds": 40, **figures},
+        {"name": "PenalizedLoss", "who": "gradpen", "rounds": rounds, **figures},
         {"name": "Opacus", "who": "peer", "reason": "its norms carry no graph"},
     ]
     machine = {"date": "2026-01-02", "quick": False, "versions": {"torch": torch_version}}
@@ -343,10 +343,13 @@ def run_of(folder: Path, name: str, *, torch_version: str = "2.15.0", **figures:
 
 def test_several_runs_come_to_their_medians(tmp_path):
     ratios = {"a": 2.5, "b": 2.25, "c": 4.0}
-    files = [run_of(tmp_path, name, ratio=ratio, quartiles=[ratio - 1, ratio + 1]) for name, ratio in ratios.items()]
+    files = [
+        run_of(tmp_path, name, ratio=ratio, quartiles=[ratio - 1, ratio + 1], rounds={"input": int(10 * ratio)})
+        for name, ratio in ratios.items()
+    ]
     results = medians.median_of_runs(files)
     ours, peer = results["rows"][0]["entries"]
-    assert (ours["ratio"], ours["quartiles"], ours["rounds"]) == (2.5, [1.5, 3.5], 40)
+    assert (ours["ratio"], ours["quartiles"], ours["rounds"]) == (2.5, [1.5, 3.5], {"input": 25})
     assert peer["reason"] == "its norms carry no graph"
     assert results["machine"]["runs"] == 3
 
