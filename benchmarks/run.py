@@ -99,6 +99,8 @@ def main(arguments: list[str] | None = None) -> Results:
         parser.error(f"--only expects some of {', '.join(sections.SECTIONS)}, got {', '.join(sorted(unknown))}")
     if given.publish and (given.quick or only):
         parser.error("--publish expects a whole run: leave out --quick and --only")
+    if given.of and (given.quick or only):
+        parser.error("--of expects runs that have been measured: leave out --quick and --only")
     console = Console(width=None if sys.stdout.isatty() else 160)  # tables in files need not fit 80 columns
     if given.of:
         try:

@@ -323,10 +323,14 @@ def test_figures_are_drawn_of_whoever_was_measured(missing):
 
 
 def test_publishing_a_part_is_refused(capsys):
-    for flags in (["--publish", "--quick"], ["--publish", "--only", "input"], ["--only", "nothing"]):
+    whole = ["--of", "a.json"]
+    for flags in (
+        *(["--publish", "--quick"], ["--publish", "--only", "input"], ["--only", "nothing"]),
+        *([*whole, "--quick"], [*whole, "--only", "input"]),
+    ):
         with pytest.raises(SystemExit):
             run.main(flags)
-    assert "expects" in capsys.readouterr().err
+        assert "expects" in capsys.readouterr().err
 
 
 def run_of(folder: Path, name: str, *, torch_version: str = "2.15.0", rounds: Any = 40, **figures: Any) -> Path:

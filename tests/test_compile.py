@@ -242,7 +242,9 @@ def test_a_partial_as_criterion(kind: str):
     torch.testing.assert_close(one_step(step, model, x, y), one_step(objective, model, x, y))
     other = torch.tensor([3.0, 1.0, 0.5], dtype=torch.float64)  # to be noticed, though it looks like the one before
     objective.criterion = partial(F.cross_entropy, label_smoothing=0.1, weight=other)
-    torch.testing.assert_close(one_step(step, model, x, y), one_step(objective, model, x, y))
+    anew = PenalizedLoss(objective.criterion, InputGradPenalty(0.1))  # which has seen no other
+    torch.testing.assert_close(one_step(step, model, x, y), one_step(anew, model, x, y))
+    torch.testing.assert_close(one_step(objective, model, x, y), one_step(anew, model, x, y))
 
 
 # ---- what changes after the compilation -----------------------------------------------------------------------------
@@ -362,9 +364,8 @@ def test_steps_of_a_global_variable_are_no_new_graphs(alone: bool):
 
 def decaying(step: int) -> float:
     """With all kinds of functions that docs/compile.md names."""
-    return (
-        math.e ** (-0.2 * step) + math.sqrt(step) + math.log2(step + 1) + 2 + math.cos(step) + math.tanh(max(step, 3))
-    )
+    rising = math.sqrt(step) + math.log2(step + 1) + math.floor(step / 4) + math.ceil(step / 4)
+    return math.e ** (-0.2 * step) + rising + 2 + math.cos(step) + math.tanh(max(step, 3)) + math.atan(step)
 
 
 @needs_compilable_torch
