@@ -355,6 +355,12 @@ def _read_elementwise(node: Any) -> tuple[Elementwise, Any]:
         if factor is None:
             return found, None
         found, node = found._replace(factor=factor), behind[0] or behind[1]
+    elif type(node).__name__ == "NativeDropoutBackward0":  # one kernel: on a GPU
+        if (mask := _saved(node, "_saved_result1")) is None:
+            return found, None
+        with torch.no_grad():  # what the node makes of ones; it tells p, but not whether anything is dropped at all
+            factor = node(torch.ones_like(mask, dtype=node._input_metadata[0].dtype))
+        found, node = found._replace(factor=factor), node.next_functions[0][0]
     kind = KINDS.get(type(node).__name__)
     if kind is not None:
         saved = _saved(node, kind.saved)

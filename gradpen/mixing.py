@@ -269,9 +269,13 @@ def check_scalar_rows(f: Tensor, output: Any) -> None:
 
 
 def _row_factors(f: Tensor) -> Tensor:
-    """Numbers, one a row: cos 1, cos 2, …, with 0 in place of about half of them, in no order that a layout could have."""
+    """±1, ±1/2, ±1/4 or ±1/8 for each row, or 0 for about half of them, in no order that a layout could have.
+
+    Products with them are exact, so that rows follow them in every precision, that of TF32, say.
+    """
     numbers = torch.arange(1, f.shape[0] + 1, device=f.device, dtype=torch.float32)  # half precision cannot count them
-    return (numbers.cos() * (numbers.square().cos() > 0)).to(f.dtype)
+    sizes = torch.exp2((1.5 * (2**0.5 * numbers).cos() - 1.5).round())
+    return (sizes.copysign(numbers.cos()) * (numbers.square().cos() > 0)).to(f.dtype)
 
 
 def code_of(function: Any) -> Any:

@@ -19,6 +19,16 @@ settings.register_profile("thorough", settings.get_profile("gradpen"), derandomi
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "gradpen"))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", help="where tensors are made that name no device, such as cuda; default: the CPU")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before any module of tests makes a tensor."""
+    if device := config.getoption("--device"):
+        torch.set_default_device(device)
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> Iterator[None]:
     """Every test starts from the same random state and leaves the default dtype alone."""

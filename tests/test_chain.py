@@ -180,6 +180,30 @@ def test_formulas_and_autograd_agree(name, activation, looked, monkeypatch):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+class InOneKernel(nn.Module):
+    """Dropout as it is on a GPU."""
+
+    def __init__(self, p: float, drops: bool) -> None:
+        super().__init__()
+        self.p, self.drops = p, drops
+
+    def forward(self, x):
+        return torch.native_dropout(x, self.p, self.drops)[0]
+
+
+@pytest.mark.parametrize(("p", "drops"), [(0.4, True), (0.4, False), (0.0, True), (1.0, True)])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("name", ["both", "batch", "measured"])
+def test_dropout_in_one_kernel(name, activation, p, drops, looked, monkeypatch):
+    model, (x, y) = Written(*layers(ACTIVATIONS[activation])), batch()
+    model[3], model[6] = InOneKernel(p, drops), InOneKernel(p, drops)
+    by_formulas = everything(model, x, y, PENALTIES[name]())
+    assert looked.found == [True]
+    by_autograd(monkeypatch)
+    for a, b in zip(by_formulas, everything(model, x, y, PENALTIES[name]()), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", ["both", "measured", "forward difference"])
 def test_dropout_rests_in_eval_mode(name, looked, monkeypatch):
     model, (x, y) = layers(dropout=0.4).eval(), batch()
