@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +41,25 @@ def rounding_tolerance(tensor: Tensor) -> float:
     if torch.is_autocast_enabled(tensor.device.type):
         dtype = torch.get_autocast_dtype(tensor.device.type)
     return float(torch.finfo(dtype).eps ** 0.5)
+
+
+def kernel_tolerance(tensor: Tensor) -> float:
+    """`rounding_tolerance` if the same products may have been made by different kernels, on a GPU perhaps in TF32."""
+    tolerance = rounding_tolerance(tensor)
+    if tensor.is_cuda and tensor.dtype == torch.float32 and _tf32_is_allowed():
+        return max(tolerance, _TF32_EPS**0.5)
+    return tolerance
+
+
+_TF32_EPS = 2**-10
+
+
+def _tf32_is_allowed() -> bool:
+    backends: Any = torch.backends
+    if hasattr(backends.cuda.matmul, "fp32_precision"):  # torch 2.9; its older flags cannot always be read
+        settings = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn)
+        return any(setting.fp32_precision == "tf32" for setting in settings)
+    return bool(backends.cuda.matmul.allow_tf32 or backends.cudnn.allow_tf32)
 
 
 def row_sq_norm(tensor: Tensor) -> Tensor:

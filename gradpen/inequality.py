@@ -15,9 +15,17 @@ from gradpen._numerics import divide_or_zero, rounding_tolerance, widest_row_sq_
 from gradpen.chain_terms import chain_of
 from gradpen.cut_layers import CutLayer, cotangents_of_input, layers_in_sum
 from gradpen.dense_chain import DenseChain
-from gradpen.isolation import outside_inference, untouched
+from gradpen.isolation import outside_inference, unrounded_float32, untouched
 from gradpen.jacobians import is_rounding
-from gradpen.layer_norms import METHODS, NORMS, LayerNorms, NormSettings, jacobian_operators, layer_norms
+from gradpen.layer_norms import (
+    METHODS,
+    NORMS,
+    LayerNorms,
+    NormSettings,
+    default_budget,
+    jacobian_operators,
+    layer_norms,
+)
 from gradpen.recording import Recording, record_forward
 from gradpen.report import ExcludedLayer, InequalityReport, LayerTerms, ratio_or_nan
 from gradpen.sides import Sides, both_sides, output_cotangents
@@ -36,7 +44,7 @@ def evaluate_inequality(
     delta: float = 1e-6,
     rtol: float = 0.05,
     slack: bool = True,
-    memory_budget: int = 2**26,
+    memory_budget: int | None = None,
 ) -> InequalityReport:
     r"""Both sides of the inequality between input and parameter gradients, sample by sample.
 
@@ -64,8 +72,9 @@ def evaluate_inequality(
             factors of each layer's slack (with "frobenius" the second one alone). These are estimates: no bound rests on
             them, and brackets of ‖W_t J_t‖ that are made for them alone fail with probability 1e-2 each.
         memory_budget: bytes that the norms may take beside the graph of the forward pass, for the vectors of an iteration
-            or explicit Jacobians; samples are taken in parts that fit. (A prefix of the model that is no chain of dense
-            layers and elementwise activations is iterated for all samples at once, whatever the budget.)
+            or explicit Jacobians; samples are taken in parts that fit. By default 64 MiB on the CPU, and 1 GiB on a GPU,
+            which small parts would leave idle, or a quarter of what is free if that is less. (A prefix of the model that is
+            no chain of dense layers and elementwise activations is iterated for all samples at once, whatever the budget.)
 
     Returns:
         An `InequalityReport` with tensors of shape (B,), float64 where the device has it.
@@ -92,20 +101,22 @@ def evaluate_inequality(
     _checks.check_model(model)
     check_options(of, norm, delta, rtol)
     _checks.check_choice("method", method, METHODS)
-    _checks.check_positive_int("memory_budget", memory_budget)
+    if memory_budget is not None:
+        _checks.check_positive_int("memory_budget", memory_budget)
     _checks.check_no_batch_statistics(model, "the inequality")
     model = _original_module(model)
     parameters = select_parameters(model, None)
     _check_precision(parameters)
     name = of if isinstance(of, str) else getattr(of, "__name__", "callable")
-    with untouched(model) as rng:
+    with unrounded_float32(), untouched(model) as rng:
         x, y = outside_inference(x), outside_inference(y)
         recording = record_forward(model, x, input_grad=True, calls=True)
         cotangents = output_cotangents(recording.output, y, of, criterion)
         _checks.check_input_rows(recording.inputs, recording.output.shape[0])
         _check_finite(recording.output, *cotangents.directions)
         sides = both_sides(model, x, recording, cotangents, parameters, rng)
-        settings = NormSettings(norm, method, delta, rtol, slack, memory_budget)
+        budget = default_budget(recording.output.device) if memory_budget is None else memory_budget
+        settings = NormSettings(norm, method, delta, rtol, slack, budget)
         with recording.gate.towards_inputs():
             chain = None if recording.is_hooked else chain_of(recording)
             report = _report(model, recording, sides, parameters, chain, settings, name)

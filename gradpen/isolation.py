@@ -39,6 +39,36 @@ def untouched(model: nn.Module) -> Iterator[RngState]:
         yield stack.enter_context(state_kept(model))
 
 
+@contextlib.contextmanager
+def unrounded_float32() -> Iterator[None]:
+    """Products of float32 are made in float32, also where TF32 or bfloat16 is allowed for them, as it is for convolutions.
+
+    Those round each factor by up to 5e-4, which is more than a bracket or the comparison of both sides allows for.
+    """
+    backends: Any = torch.backends
+    with contextlib.ExitStack() as stack:
+        if hasattr(backends.cuda.matmul, "fp32_precision"):  # torch 2.9
+            if backends.cudnn.conv.fp32_precision == backends.cudnn.rnn.fp32_precision == "tf32":
+                # One flag for both, if that is how they were set: then a model can still use `cudnn.flags`, which reads it.
+                with contextlib.suppress(RuntimeError):
+                    _set_for_now(stack, backends.cudnn, "allow_tf32", False)
+            settings = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
+            settings += [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
+            for setting in settings:
+                if setting.fp32_precision in ("tf32", "bf16"):
+                    _set_for_now(stack, setting, "fp32_precision", "ieee")
+        else:
+            stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            torch.set_float32_matmul_precision("highest")
+            _set_for_now(stack, backends.cudnn, "allow_tf32", False)
+        yield
+
+
+def _set_for_now(stack: contextlib.ExitStack, settings: Any, name: str, value: Any) -> None:
+    stack.callback(setattr, settings, name, getattr(settings, name))
+    setattr(settings, name, value)
+
+
 _runs_eagerly = contextvars.ContextVar("_runs_eagerly", default=False)
 
 

@@ -33,6 +33,17 @@ class NormSettings:
     memory_budget: int
 
 
+def default_budget(device: torch.device) -> int:
+    """Bytes that the norms may take where the caller names no number."""
+    if device.type == "cpu":
+        return _SMALL_BUDGET
+    if device.type != "cuda":
+        return _LARGE_BUDGET
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + cached
+    return min(max(free // 4, _SMALL_BUDGET), _LARGE_BUDGET)
+
+
 @dataclass(frozen=True)
 class LayerNorms:
     """Norms of one layer; `weight` is 0-dim, the others are (B,)."""
@@ -267,6 +278,7 @@ def _swept_norms(
     return [Bracket(*ends) for ends in zip(bracket.lower.split(sizes), bracket.upper.split(sizes), strict=True)]
 
 
+_SMALL_BUDGET, _LARGE_BUDGET = 2**26, 2**30  # of which a CPU's caches, and a GPU's cores, have more
 _DENSE_ROWS = 16
 _DENSE_WEIGHT = 64
 _SLACK_DELTA = 1e-2  # of one bracket of ‖W J‖ that serves the slack alone: its lower end is what counts

@@ -20,7 +20,14 @@ from torch.utils._pytree import tree_map_only
 
 from gradpen import closed_form, mixing
 from gradpen._graph import GraphWalk, differentiate, reached_around, walk_graph
-from gradpen._numerics import full_precision, rounding_tolerance, row_sq_norm, sum_tensors, total_sq_norm
+from gradpen._numerics import (
+    full_precision,
+    kernel_tolerance,
+    rounding_tolerance,
+    row_sq_norm,
+    sum_tensors,
+    total_sq_norm,
+)
 from gradpen.gradients import SampleGradients, check_differentiable
 from gradpen.mixing import find_mixed_calls
 from gradpen.recording import Call, Recording, RngState, call_with, map_leaves, map_tensors, tensors_of
@@ -385,7 +392,7 @@ def find_obstacle(f: Tensor, mapped: Mapped, parameters: Mapping[str, Tensor], *
     around = reached_around(mapped.f, parameters, mapped.copies)
     if around:
         return f"the criterion, or what is no part of the model, uses {', '.join(around)}"
-    tolerance = rounding_tolerance(f)
+    tolerance = kernel_tolerance(f)
     if not same_values and not torch.allclose(
         f.detach(), mapped.f.detach(), rtol=tolerance, atol=tolerance, equal_nan=True
     ):

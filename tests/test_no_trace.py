@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import cases
@@ -155,6 +159,69 @@ def test_under_no_grad_and_autocast():
         report = evaluate_inequality(model, x, y)
         assert not torch.is_grad_enabled() and torch.is_autocast_enabled("cpu")
     assert torch.equal(report.lhs, expected.lhs) and torch.equal(report.rhs, expected.rhs)
+
+
+def value_or_none(look: Callable[[], object]) -> object:
+    """None where torch refuses to tell, which it does of the older settings once a newer one was made."""
+    try:
+        return look()
+    except RuntimeError:
+        return None
+
+
+def float32_settings() -> tuple[dict[str, object], dict[str, object]]:
+    """How products of float32 may be rounded: by the newer settings, if torch has them, and by the older ones."""
+    backends: Any = torch.backends
+    newer = {}
+    if hasattr(backends.cuda.matmul, "fp32_precision"):
+        places = (
+            backends.cuda.matmul,
+            backends.cudnn.conv,
+            backends.cudnn.rnn,
+            backends.mkldnn.matmul,
+            backends.mkldnn.conv,
+        )
+        newer = {str(n): place.fp32_precision for n, place in enumerate(places)}
+    older = {
+        "matmul": value_or_none(torch.get_float32_matmul_precision),
+        "cuda": value_or_none(lambda: backends.cuda.matmul.allow_tf32),
+        "cudnn": value_or_none(lambda: backends.cudnn.allow_tf32),
+    }
+    return newer, older
+
+
+FLOAT32_SETTINGS = [
+    "torch.set_float32_matmul_precision('high')",
+    "torch.set_float32_matmul_precision('medium')",
+    "torch.backends.cuda.matmul.allow_tf32 = True",
+    "torch.backends.cudnn.allow_tf32 = False",
+    "torch.backends.fp32_precision = 'tf32'",
+    "torch.backends.cudnn.conv.fp32_precision = 'ieee'",
+    "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
+]
+
+
+def check_float32_settings() -> None:
+    seen = []
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    model.register_forward_hook(lambda *_: seen.append(float32_settings()))
+    for setting in FLOAT32_SETTINGS:
+        if "fp32" in setting and not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+            continue
+        exec(setting)
+        before = float32_settings()
+        evaluate_inequality(model, torch.randn(5, 3), torch.randint(2, (5,)))
+        assert float32_settings() == before, (setting, before, float32_settings())
+        newer, older = seen.pop()
+        assert not {"tf32", "bf16"} & set(newer.values()), (setting, newer)
+        assert newer or older == {"matmul": "highest", "cuda": False, "cudnn": False}, (setting, older)
+
+
+def test_products_of_float32_are_not_rounded_meanwhile():
+    """In a process of its own: some of these settings cannot be taken back."""
+    script = "import test_no_trace; test_no_trace.check_float32_settings()"
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parent)
 
 
 def test_a_compiled_model_is_evaluated_as_the_original():
