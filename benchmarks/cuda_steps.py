@@ -1,4 +1,7 @@
-"""Steps on a GPU: plain, penalised, and both compiled into CUDA graphs, in turn with the plain step in eager mode."""
+"""Steps on a GPU: plain, penalised, and both compiled into CUDA graphs, in turn with the plain step in eager mode.
+
+And a check of the inequality, which has no compiled form.
+"""
 
 from __future__ import annotations
 
@@ -9,30 +12,44 @@ from typing import Any
 import straight_line
 import torch
 import torch.nn.functional as F
-from agreement import check_close, described, flat_gradient
-from contenders import INPUT_WEIGHT, PARAM_WEIGHT
+from agreement import TOLERANCE, DisagreementError, check_close, described, flat_gradient
+from contenders import BATCH_WEIGHT, INPUT_WEIGHT, PARAM_WEIGHT
+from machine import cpu_model
 from measure import race
 from torch import Tensor, nn
-from workload import Workload
+from workload import Workload, synthetic_workload
 
-from gradpen import InputGradPenalty, ParamGradPenalty, PenalizedLoss
+from gradpen import InputGradPenalty, ParamGradPenalty, PenalizedLoss, evaluate_inequality
 from gradpen.penalties import GradPenalty
 
 STEPS = 20  # before the host waits for the device
 WARM_UP = 6  # compiled for the first call and again for later ones; both are run, recorded and replayed
 
+WIDE, WIDE_BATCH = [3072, 4096, 4096, 4096, 10], 1024  # whose products keep a GPU busy
+
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
-def cuda_table(work: Workload, *, rounds: int, seconds: float) -> dict[str, Any] | None:
-    """What `step_table` finds, and the device; None without a GPU."""
+def cuda_table(
+    work: Workload, *, quick: bool, rounds: int, seconds: float, advance: Callable[[float], object]
+) -> dict[str, Any] | None:
+    """What `step_table` finds for this and, unless `quick`, a wide net, and the device; None without a GPU."""
     if not torch.cuda.is_available():
         return None
-    return {
+    works = [work] if quick else [work, synthetic_workload(WIDE, WIDE_BATCH)]
+    found: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
         "cuda": torch.version.cuda,
-        "steps": step_table(work, "cuda", rounds=rounds, seconds=seconds),
+        "torch": torch.__version__,
+        "cpu": cpu_model(),
+        "nets": [],
     }
+    for number, one in enumerate(works, start=1):
+        steps = step_table(one, "cuda", rounds=rounds, seconds=seconds)
+        widths = [one.linears[0].in_features, *[linear.out_features for linear in one.linears]]
+        found["nets"].append({"widths": widths, "batch_size": len(one.x), "steps": steps})
+        advance(number / len(works))
+    return found
 
 
 def step_table(work: Workload, device: str, *, rounds: int, seconds: float) -> list[dict[str, Any]]:
@@ -53,7 +70,26 @@ def step_table(work: Workload, device: str, *, rounds: int, seconds: float) -> l
         )
         found = {mode: {**asdict(timing), "seconds": timing.seconds / STEPS} for mode, timing in timings.items()}
         table.append({"name": name, **found, **reasons})
+    check = _checked_inequality(work)
+    plain = _waited_for(_step(work.copied(), _plain_loss), device, number=1)
+    timing = race(plain, {"eager": _waited_for(check, device, number=1)}, rounds=rounds, seconds=seconds)["eager"]
+    table.append({"name": "check", "eager": asdict(timing), "compiled": {"reason": "not compiled"}})
     return table
+
+
+def _checked_inequality(work: Workload) -> Callable[[], object]:
+    """`evaluate_inequality` without the slack, when its sides are those in float64 and its bracket has a point in common."""
+
+    def check(of: Workload = work) -> Any:
+        return evaluate_inequality(of.model, of.x, of.y, slack=False)
+
+    found, expected = check(), check(work.in_float64())
+    sides = [[report.rhs, report.input_grad_sq_norm] for report in (found, expected)]
+    check_close("check", *sides)
+    apart = [(a.lhs_lower > (1 + TOLERANCE) * b.lhs_upper).any() for a, b in ((found, expected), (expected, found))]
+    if any(apart):
+        raise DisagreementError("check: the brackets have no point in common with those in float64")
+    return check
 
 
 def _checked_steps(
@@ -86,6 +122,7 @@ def _references() -> dict[str, Callable[[Workload], Tensor]]:
         "input": lambda work: straight_line.input_step(work, INPUT_WEIGHT),
         "param": lambda work: straight_line.param_step(work, PARAM_WEIGHT),
         "both": lambda work: straight_line.both_step(work, INPUT_WEIGHT, PARAM_WEIGHT),
+        "batch": lambda work: straight_line.batch_step(work, BATCH_WEIGHT),
     }
 
 
@@ -96,6 +133,8 @@ def _loss(name: str, *, compiled: bool) -> Loss:
         penalties.append(InputGradPenalty(INPUT_WEIGHT))
     if name in ("param", "both"):
         penalties.append(ParamGradPenalty(PARAM_WEIGHT))
+    if name == "batch":
+        penalties.append(ParamGradPenalty(BATCH_WEIGHT, over="batch"))
     objective: Any = PenalizedLoss(F.cross_entropy, *penalties) if penalties else _plain_loss
     if compiled:
         objective = _in_graphs(torch.compile(objective, fullgraph=True, mode="reduce-overhead"))
@@ -122,11 +161,11 @@ def _step(work: Workload, loss: Loss) -> Callable[[], None]:
     return step
 
 
-def _waited_for(step: Callable[[], None], device: str) -> Callable[[], None]:
-    """STEPS steps, and all their work done."""
+def _waited_for(step: Callable[[], object], device: str, number: int = STEPS) -> Callable[[], None]:
+    """So many steps, and all their work done."""
 
     def steps() -> None:
-        for _ in range(STEPS):
+        for _ in range(number):
             step()
         if device == "cuda":
             torch.cuda.synchronize()

@@ -7,10 +7,12 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from sections import Setting
+
+if TYPE_CHECKING:
+    from sections import Setting
 
 PACKAGES = ("gradpen", "torch", "lightning", "torchmetrics", "backpack-for-pytorch", "opacus")
 
@@ -19,7 +21,7 @@ def describe_machine(setting: Setting) -> dict[str, Any]:
     """Machine, versions, date, and the size of what is measured."""
     return {
         "date": datetime.date.today().isoformat(),
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
@@ -32,7 +34,8 @@ def describe_machine(setting: Setting) -> dict[str, Any]:
     }
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """As the system names it."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         lines = info.read_text(encoding="utf-8").splitlines()

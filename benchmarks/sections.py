@@ -262,7 +262,8 @@ def _states(setting: Setting) -> dict[str, Workload]:
 
 def cuda_section(setting: Setting, advance: Advance) -> Results:
     """None without a GPU."""
-    return {"cuda": cuda_table(setting.work, rounds=setting.rounds, seconds=setting.seconds)}
+    options = dict(quick=setting.quick, rounds=setting.rounds, seconds=setting.seconds, advance=advance)
+    return {"cuda": cuda_table(setting.work, **options)}
 
 
 def _penalty_section(job: Job) -> Callable[[Setting, Advance], Results]:

@@ -148,11 +148,17 @@ def _cuda(cuda: Results | None) -> str:
     heading = '**Microseconds a step on a GPU**, eager and compiled with `mode="reduce-overhead"`'
     if cuda is None:
         return heading + "\n\nnot measured"
-    lines = [[step["name"], _microseconds(step["eager"]), _microseconds(step["compiled"])] for step in cuda["steps"]]
-    return (
-        f"{heading}; in plain steps in eager mode (median, and the quartiles)\n\n"
-        f"{cuda['device']}, CUDA {cuda['cuda']}\n\n" + table(["step", "eager", "compiled"], lines)
-    )
+    parts = [
+        f"{heading}; in plain steps in eager mode (median, and the quartiles)",
+        f"{cuda['device']}, CUDA {cuda['cuda']}, torch {cuda['torch']}, {cuda['cpu']}",
+    ]
+    for net in cuda["nets"]:
+        lines = [
+            [step["name"], *[_microseconds(step[mode]) for mode in ("eager", "compiled")]] for step in net["steps"]
+        ]
+        parts.append(f"{'-'.join(map(str, net['widths']))}, batch {net['batch_size']:,}")
+        parts.append(table(["step", "eager", "compiled"], lines))
+    return "\n\n".join(parts)
 
 
 def _microseconds(entry: Results) -> str:

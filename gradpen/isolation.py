@@ -22,10 +22,10 @@ def untouched(model: nn.Module) -> Iterator[RngState]:
     """Everything that a forward pass may change is put back, also after an exception. Yields the random streams' state.
 
     Inside: gradients are on (also within ``torch.inference_mode``), autocast is off, compiled modules run eagerly, attention
-    runs in operations that can be differentiated twice. Afterwards: train/eval flags, buffers (the very tensors, with
-    their contents), attributes, embeddings with ``max_norm``, and the random streams of torch (CPU and CUDA), NumPy and
-    Python, and of generators that are attributes, are as before. ``.grad``, hooks and ``requires_grad`` are never touched.
-    Of attributes, the lists, dicts and sets have the items that they had, and tensors their contents; what a forward pass
+    and recurrent layers run in operations that can be differentiated twice. Afterwards: train/eval flags, buffers (the very
+    tensors, with their contents), attributes, embeddings with ``max_norm``, and the random streams of torch (CPU and CUDA),
+    NumPy and Python, and of generators that are attributes, are as before. ``.grad``, hooks and ``requires_grad`` are never
+    touched. Of attributes, the lists, dicts and sets have the items that they had, and tensors their contents; what a forward pass
     changes deeper inside, or in place in a parameter, stays changed.
     """
     with contextlib.ExitStack() as stack:
@@ -36,6 +36,8 @@ def untouched(model: nn.Module) -> Iterator[RngState]:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         for device_type in {tensor.device.type for tensor in model.parameters()}:
             stack.enter_context(torch.autocast(device_type, enabled=False))
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):  # cuDNN's are differentiated only once
+            _set_for_now(stack, torch.backends.cudnn, "enabled", False)
         yield stack.enter_context(state_kept(model))
 
 

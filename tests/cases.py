@@ -408,7 +408,7 @@ class ClassToken(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = torch.cat([self.token.expand(x.shape[0], 1, 4), x], 1)
-        return self.head(self.dense(h).tanh().prod(1))
+        return self.head(self.dense(h).tanh().logsumexp(1))
 
 
 class TwoInputs(nn.Module):

@@ -13,6 +13,13 @@ from gradpen import _layout
 
 torch.set_num_threads(1)
 
+WITHOUT_DEVICE = {  # test modules in which --device changes nothing that is tested
+    *("test_benchmark_timing", "test_benchmarks", "test_compare", "test_history", "test_imports", "test_layout"),
+    *("test_lightning_page", "test_memory", "test_monitor", "test_monitor_ddp", "test_monitor_probe"),
+    *("test_namespaces_and_cli", "test_penalty_callback", "test_products", "test_readme", "test_recipe_data"),
+    *("test_recipes", "test_two_processes"),
+}
+
 settings.register_profile("gradpen", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 # HYPOTHESIS_PROFILE=thorough (`make thorough`): other networks on every run instead of the same ones
 settings.register_profile("thorough", settings.get_profile("gradpen"), derandomize=False, print_blob=True)
@@ -27,6 +34,13 @@ def pytest_configure(config: pytest.Config) -> None:
     """Before any module of tests makes a tensor."""
     if device := config.getoption("--device"):
         torch.set_default_device(device)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--device") not in (None, "cpu"):
+        for item in items:
+            if item.path.stem in WITHOUT_DEVICE or item.get_closest_marker("cpu"):
+                item.add_marker(pytest.mark.skip(reason="of the CPU, or of programs that choose the device themselves"))
 
 
 @pytest.fixture(autouse=True)

@@ -253,9 +253,9 @@ def without_compiler(monkeypatch):
 
 def cuda_figures(work):
     steps = cuda_steps.step_table(work, "cpu", rounds=2, seconds=1.0)
-    return steps, tables.as_markdown(
-        {"machine": machine_of_nobody(), "cuda": {"device": "X", "cuda": "13", "steps": steps}}
-    )
+    nets = [{"widths": [784, 12, 10], "batch_size": 8, "steps": steps}]
+    cuda = {"device": "X", "cuda": "13", "torch": "2", "cpu": "Y", "nets": nets}
+    return steps, tables.as_markdown({"machine": machine_of_nobody(), "cuda": cuda})
 
 
 def machine_of_nobody():
@@ -266,9 +266,10 @@ def machine_of_nobody():
 @pytest.mark.usefixtures("without_compiler")
 def test_steps_of_a_gpu_are_measured_beside_the_plain_one(work):
     steps, shown = cuda_figures(work)
-    assert [step["name"] for step in steps] == ["plain", "input", "param", "both"]
-    assert all(step[mode]["ratio"] > 0 for step in steps for mode in ("eager", "compiled"))
-    assert shown.count(" µs; ") == 8
+    assert [step["name"] for step in steps] == ["plain", "input", "param", "both", "batch", "check"]
+    assert all(step["eager"]["ratio"] > 0 for step in steps)
+    assert all(step["compiled"]["ratio"] > 0 for step in steps[:-1])
+    assert shown.count(" µs; ") == 11 and "784-12-10, batch 8" in shown
 
 
 @pytest.mark.usefixtures("without_compiler")
@@ -279,8 +280,9 @@ def test_what_does_not_compile_says_so(work, monkeypatch, message):
 
     monkeypatch.setattr(torch, "compile", lambda function, **_: fails)
     steps, shown = cuda_figures(work)
-    assert {step["compiled"]["reason"] for step in steps} == {"AssertionError" + (": no compiler" if message else "")}
-    assert shown.count("AssertionError") == 4
+    reasons = {step["compiled"]["reason"] for step in steps[:-1]}
+    assert reasons == {"AssertionError" + (": no compiler" if message else "")}
+    assert shown.count("AssertionError") == 5
 
 
 @pytest.mark.usefixtures("without_compiler")

@@ -255,6 +255,7 @@ def two_threads():
 @pytest.mark.parametrize(
     ("samples", "width", "expected"), [(64, 1024, True), (256, 1030, True), (63, 1024, False), (64, 1023, False)]
 )
+@pytest.mark.cpu
 def test_hidden_rows_lie_by_feature_where_layers_are_wide(samples, width, expected):
     model = nn.Sequential(
         nn.Linear(5, width), nn.ReLU(), nn.Dropout(), nn.Linear(width, 1024), nn.Tanh(), nn.Linear(1024, 3)
@@ -339,7 +340,8 @@ def test_products_between_samples(name, bias, activation, looked, monkeypatch):
     (x, y), model = batch(), wide(ACTIVATIONS[activation], bias)
     with Products() as products:
         by_formulas = everything(model, x, y, PENALTIES[name]())
-    assert products.between_samples >= {"batch": 5, "biases": 0, "difference in biases": 0}.get(name, 1)
+    if x.is_cpu:  # elsewhere the host would have to wait for the numbers that tell whether they pay
+        assert products.between_samples >= {"batch": 5, "biases": 0, "difference in biases": 0}.get(name, 1)
     assert all(looked.found)
     by_autograd(monkeypatch)
     for a, b in zip(by_formulas, everything(model, x, y, PENALTIES[name]()), strict=True):
@@ -711,7 +713,7 @@ def test_hooks_on_parameters_see_the_whole_gradient_once(looked):
 
 def test_autocast_is_left_to_autograd(looked):
     model, (x, y) = layers().float(), batch()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         param_grad_sq_norm(model, x.float(), y)
     assert not looked.found
 
@@ -721,7 +723,7 @@ def test_a_backward_pass_under_autocast_keeps_the_precision_of_the_forward_pass(
     model, (x, y) = layers().float(), batch()
     loss = PenalizedLoss(F.cross_entropy, *PENALTIES[name]())(model, x.float(), y).loss
     expected = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         found = torch.autograd.grad(loss, list(model.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 

@@ -656,7 +656,7 @@ def test_as_many_positions_as_samples_are_refused():
 
 @needs_compilable_torch
 def test_a_generator_is_refused():
-    penalty = InputGradPenalty(of="output", method="projection", generator=torch.Generator())
+    penalty = InputGradPenalty(of="output", method="projection", generator=torch.Generator(torch.get_default_device()))
     with pytest.raises(RuntimeError, match="expected no generator"):
         compiled(penalty)(small_mlp(), *batch_of())
 

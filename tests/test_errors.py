@@ -276,6 +276,7 @@ def test_a_missing_target_is_the_criterions_error():
         ParamGradPenalty(over="batch", method="finite_difference"),
     ],
 )
+@pytest.mark.cpu
 def test_a_target_that_is_no_class_is_refused_before_anything_is_written(penalty, target):
     """The kernel of the derivative writes wherever a target points, into the row of another sample or beyond the tensor."""
     wrong = Y.clone()

@@ -239,7 +239,13 @@ def test_a_generator_repeats_the_projection_and_leaves_the_global_stream():
     model, x, _, _ = cases.find("tanh").problem()
     state = torch.get_rng_state()
     draw = [
-        input_grad_sq_norm(model, x, of="output", method="projection", generator=torch.Generator().manual_seed(seed))
+        input_grad_sq_norm(
+            model,
+            x,
+            of="output",
+            method="projection",
+            generator=torch.Generator(torch.get_default_device()).manual_seed(seed),
+        )
         for seed in (4, 4, 5)
     ]
     assert torch.equal(draw[0], draw[1]) and not torch.equal(draw[0], draw[2])
@@ -347,7 +353,7 @@ def test_autocast_to_bfloat16_is_finite_and_close(name, function):
     case = cases.find(name)
     model, x, y, criterion = case.problem(dtype=torch.float32)
     expected = function(model, x, y, criterion=criterion)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         actual = function(model, x, y, criterion=criterion)
     assert actual.dtype == torch.float32
     assert ref.relative_error(actual, expected) < 0.05

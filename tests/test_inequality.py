@@ -684,7 +684,7 @@ class WithAutocast(nn.Module):
         self.first, self.head, self.whole = nn.Linear(5, 20), nn.Linear(20, 3), whole
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
             h = self.first(x).relu()
             if self.whole:
                 return self.head(h)

@@ -167,7 +167,7 @@ def test_brackets_do_not_depend_on_the_dimensions_beside_them(dimension, dtype):
     """Nor where the last step that a sample can take is one that gives targets."""
     eigenvalues = torch.linspace(0.01, 1, 60, dtype=dtype) ** torch.linspace(0.2, 2, 41).unsqueeze(1)
     eigenvalues[:40, :dimension] = torch.linspace(0.01, 1, dimension) ** torch.linspace(0.2, 2, 40).unsqueeze(1)
-    start = torch.randn(41, 60, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    start = torch.randn(41, 60, dtype=dtype, generator=torch.Generator(torch.get_default_device()).manual_seed(0))
     start[:40, dimension:] = 0
     for rtol, delta in itertools.product((0.01, 0.05), (1e-6, 1e-12)):
         together = lanczos_bracket(lambda u: u * eigenvalues, start, delta=delta, rtol=rtol)

@@ -125,6 +125,7 @@ def test_its_states_need_no_full_update(name, capsys):
 
 
 @IDS
+@pytest.mark.cpu
 def test_it_plots(name):
     metric, targets, _ = make(name)
     values = [metric(MODEL, X[batch], targets[batch]) for batch in BATCHES]
@@ -165,6 +166,7 @@ def test_a_sample_that_is_not_a_number_is_not_left_out(metric, activation):
     assert metric.num_samples == len(X) and metric.compute().isnan()
 
 
+@pytest.mark.cpu
 def test_attention_by_a_kernel_of_the_models_own_choice():
     class Flash(nn.Module):
         def __init__(self):
@@ -412,6 +414,7 @@ def module_of_the_documentation() -> lightning.LightningModule:
     return Watched()
 
 
+@pytest.mark.cpu
 def test_lightning_logs_the_metric_objects():
     module, x = module_of_the_documentation(), X.float()
     halves = [DataLoader(TensorDataset(x[part], Y[part]), 3) for part in (slice(0, 6), slice(6, 11))]

@@ -323,7 +323,10 @@ def test_half_precision_hides_no_batch_norm_behind_many_layers():
     layer = model[0]
     layer.register_forward_hook(lambda _, args, out: F.batch_norm(out, None, None, training=True))
     x, y = torch.randn(256, 20), torch.randint(10, (256,))
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="mixes the samples"):
+    with (
+        torch.autocast(torch.get_default_device().type, torch.bfloat16),
+        pytest.raises(RuntimeError, match="mixes the samples"),
+    ):
         input_grad_sq_norm(model, x, y)
 
 
@@ -385,7 +388,7 @@ def test_a_little_mixing_is_seen(share, dtype, autocast, batch):
     torch.manual_seed(1)
     model, x, y = WithMean(share), torch.randn(batch, 8), torch.randint(3, (batch,))
     with (
-        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        torch.autocast(torch.get_default_device().type, torch.bfloat16, enabled=autocast),
         pytest.raises(RuntimeError, match="mixes the samples"),
     ):
         input_grad_sq_norm(model, x, y)
@@ -406,6 +409,6 @@ def test_what_cancels_between_samples_mixes_nothing(batch, autocast):
         scores = (output - output.max()).exp()
         return -(scores.gather(1, target[:, None])[:, 0] / scores.sum(1)).log()
 
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16, enabled=autocast):
         actual = input_grad_sq_norm(model, x, y, criterion=shifted)
         ref.assert_close(actual, input_grad_sq_norm(model, x, y), 0.1 if autocast else 1e-4)

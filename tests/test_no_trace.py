@@ -155,7 +155,7 @@ def test_within_inference_mode_when_the_criterion_raises():
 def test_under_no_grad_and_autocast():
     model, (x, y) = MODELS["mlp"](), data("mlp")
     expected = evaluate_inequality(model, x, y)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), torch.autocast(torch.get_default_device().type, torch.bfloat16):
         report = evaluate_inequality(model, x, y)
         assert not torch.is_grad_enabled() and torch.is_autocast_enabled("cpu")
     assert torch.equal(report.lhs, expected.lhs) and torch.equal(report.rhs, expected.rhs)
@@ -310,7 +310,7 @@ class Drawing(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.torch, self.python = torch.Generator().manual_seed(0), random.Random(0)
+        self.torch, self.python = torch.Generator(torch.get_default_device()).manual_seed(0), random.Random(0)
         self.numpy, self.older_numpy = np.random.default_rng(0), np.random.RandomState(0)
 
     def draw(self) -> float:

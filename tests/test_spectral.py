@@ -224,7 +224,7 @@ def test_rows_that_are_off_are_left_out_of_the_start():
     exact = torch.linalg.svdvals(matrices)[:, 0]
     assert contains(bracket, exact, 1e-12) and (bracket.width <= 0.05).all()
     assert bracket.lower[0] == bracket.upper[0] == 0
-    assert bracket.upper[1] == pytest.approx(exact[1].item(), rel=1e-9)
+    assert bracket.upper[1].item() == pytest.approx(exact[1].item(), rel=1e-9)
 
 
 def test_samples_do_not_disturb_each_other():

@@ -41,7 +41,8 @@ UNMAPPED = {
 
 @pytest.mark.parametrize("over", ["sample", 2])
 @pytest.mark.parametrize("name", UNMAPPED)
-def test_what_torch_cannot_map_over_samples_goes_through_a_loop(name, over):
+def test_what_torch_cannot_map_over_samples_goes_through_a_loop(name, over, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", False)  # whose recurrent layers are differentiated only once
     model, (_, x, y, _) = UNMAPPED[name]().double(), cases.find("tokens").problem()
     twin = copy.deepcopy(model)  # spectral_norm in training mode moves its buffers on every call
     with pytest.warns(UserWarning, match="one sample at a time"):
@@ -135,6 +136,7 @@ def test_finite_differences_work_through_fused_attention():
         partial(param_grad_sq_norm, over="batch"),
     ],
 )
+@pytest.mark.cpu
 def test_fused_attention_is_refused_where_it_would_be_differentiated_twice(call):
     mathematical, x, y, _ = cases.find("attention").problem()
     with pytest.raises(RuntimeError, match="sdpa_kernel"):
@@ -186,7 +188,7 @@ def test_packed_sequences_and_named_tuples_with_constructors_of_their_own():
             return nn.utils.rnn.pad_packed_sequence(self.cell(packed)[0], batch_first=True)[0][:, 0]
 
     model, x, y = Last().double(), torch.randn(3, 5, 4).double(), torch.tensor([0, 1, 2])
-    packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([5, 4, 2]), batch_first=True)
+    packed = nn.utils.rnn.pack_padded_sequence(x, [5, 4, 2], batch_first=True)
     for options in ({}, {"method": "finite_difference"}):
         actual = param_grad_sq_norm(model, {"packed": packed}, y, over="batch", **options)
         loss = F.cross_entropy(model(packed), y)
@@ -230,7 +232,7 @@ def test_an_input_that_is_trained_is_not_changed_in_place_either(options):
 
 def test_sparse_gradients_are_displaced():
     _, _, y, _ = cases.find("tanh").problem()
-    tokens = torch.randint(7, (len(y), 3), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(7, (len(y), 3), generator=torch.Generator(torch.get_default_device()).manual_seed(0))
     gradients = []
     for sparse in (False, True):
         torch.manual_seed(0)
@@ -437,7 +439,7 @@ class Potential(nn.Module):
 @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
 def test_a_potential_with_its_force(autocast):
     model, x, y = Potential(), torch.randn(5, 4), torch.randn(5, 1)
-    with torch.autocast("cpu", enabled=autocast):
+    with torch.autocast(torch.get_default_device().type, enabled=autocast):
         actual = param_grad_sq_norm(model, x, y, criterion=F.mse_loss)
     expected = ref.param_grad_sq_norm(model.double(), x.double(), y.double(), F.mse_loss)
     ref.assert_close(actual, expected, 0.05 if autocast else 1e-5)
