@@ -15,7 +15,7 @@ SETUP := $(VENV)/.setup
 BENCH_SETUP := $(VENV)/.bench
 
 .DEFAULT_GOAL := help
-.PHONY: help setup mnist cifar compare-quick test test-oldest thorough lint format docs bench bench-quick clean
+.PHONY: help setup mnist cifar compare-quick test test-gpu test-oldest thorough lint format docs bench bench-quick clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /:/' | awk -F: '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -34,6 +34,10 @@ compare-quick: $(SETUP)  ## a small comparison with every figure, on embedded im
 
 test: lint  ## lint, types and tests, as CI does
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-gpu: $(SETUP)  ## what a CUDA device is needed for, and the tests of all that computes with their tensors on it
+	$(BIN)/python -m pytest -m gpu tests $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not gpu" --device cuda tests $(PYTEST_ARGS)
 
 test-oldest: $(OLDEST)/.setup  ## the tests with the oldest versions that pyproject.toml allows, on Python 3.10 or 3.11
 	$(OLDEST)/bin/python -m pytest $(PYTEST_ARGS)

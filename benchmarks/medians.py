@@ -23,9 +23,10 @@ def median_of_runs(files: Sequence[Path]) -> Results:
         DifferentRunsError: if they have not measured the same.
     """
     runs = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    number = sum(run["machine"].get("runs", 1) for run in runs)  # one may be the medians of several itself
     for run in runs:
         run["machine"]["date"] = max(other["machine"]["date"] for other in runs)
-        run["machine"]["runs"] = len(runs)
+        run["machine"]["runs"] = number
     merged: Results = _median(runs, "the results")
     return merged
 

@@ -5,6 +5,7 @@
     python benchmarks/run.py --publish          and write the documentation's table and figures
     python benchmarks/run.py --only input,param some of the rows
     python benchmarks/run.py --of a.json b.json the medians of whole runs that --out has kept, instead of a new one
+    python benchmarks/run.py --cuda gpu.json    and with the table of another machine, where `--only cuda` found a GPU
 
 First all contenders must compute the same numbers. Times are medians of interleaved repetitions, as ratios to the plain
 step of the same repetition.
@@ -93,6 +94,7 @@ def main(arguments: list[str] | None = None) -> Results:
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where MNIST/raw is")
     parser.add_argument("--out", type=Path, default=LATEST, help="the JSON")
     parser.add_argument("--of", type=Path, nargs="+", default=[], help="JSON of whole runs, to be made one of")
+    parser.add_argument("--cuda", type=Path, help="JSON of a run on a machine with a GPU, whose table is shown")
     given = parser.parse_args(arguments)
     only = {name for name in given.only.split(",") if name}
     if unknown := only - sections.SECTIONS.keys():
@@ -101,6 +103,7 @@ def main(arguments: list[str] | None = None) -> Results:
         parser.error("--publish expects a whole run: leave out --quick and --only")
     if given.of and (given.quick or only):
         parser.error("--of expects runs that have been measured: leave out --quick and --only")
+    cuda = {} if given.cuda is None else _cuda_table(given.cuda, parser)
     console = Console(width=None if sys.stdout.isatty() else 160)  # tables in files need not fit 80 columns
     if given.of:
         try:
@@ -109,16 +112,29 @@ def main(arguments: list[str] | None = None) -> Results:
             parser.error(f"--of: {error}")
         if given.publish and (results["machine"]["quick"] or not results.keys() >= SHOWN):
             parser.error("--publish expects whole runs: --of names one of --quick or --only")
+        results |= cuda
         _write_json(given.out, results)
         console.print(Markdown(tables.as_markdown(results)))
     else:
         results = _measured(given, only, console)
+        results |= cuda
+        _write_json(given.out, results)
     if given.publish:
         publish(results)
     console.print(
         f"written to {given.out}" + (f", {PUBLISHED.relative_to(HERE.parent)} and docs/" if given.publish else "")
     )
     return results
+
+
+def _cuda_table(file: Path, parser: argparse.ArgumentParser) -> Results:
+    try:
+        table = json.loads(file.read_text(encoding="utf-8")).get("cuda")
+    except (OSError, ValueError) as error:
+        parser.error(f"--cuda: {error}")
+    if table is None:
+        parser.error(f"--cuda: {file} has no table of a GPU: run `--only cuda` where there is one")
+    return {"cuda": table}
 
 
 def _measured(given: argparse.Namespace, only: set[str], console: Console) -> Results:

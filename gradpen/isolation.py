@@ -25,8 +25,8 @@ def untouched(model: nn.Module) -> Iterator[RngState]:
     and recurrent layers run in operations that can be differentiated twice. Afterwards: train/eval flags, buffers (the very
     tensors, with their contents), attributes, embeddings with ``max_norm``, and the random streams of torch (CPU and CUDA),
     NumPy and Python, and of generators that are attributes, are as before. ``.grad``, hooks and ``requires_grad`` are never
-    touched. Of attributes, the lists, dicts and sets have the items that they had, and tensors their contents; what a forward pass
-    changes deeper inside, or in place in a parameter, stays changed.
+    touched. Of attributes, the lists, dicts and sets have the items that they had, tensors their contents; what a forward
+    pass changes deeper inside, or in place in a parameter, stays changed.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))

@@ -266,11 +266,12 @@ class OperatorStack:
         return product
 
     def restricted(self, samples: Tensor) -> OperatorStack:
-        """The stack of some samples, given by rising indices."""
-        ends = torch.tensor(self.sizes, device=samples.device).cumsum(0)
+        """The stack of some samples, given by rising indices on the CPU, so that the host waits for no device."""
+        ends = torch.tensor(self.sizes, device="cpu").cumsum(0)
         counts = torch.bucketize(samples, ends, right=True).bincount(minlength=len(self.sizes)).tolist()
+        sent = samples.to(self.operators[0].template.device, non_blocking=True)
         found, first = [], 0
-        for operator, size, own in zip(self.operators, self.sizes, samples.split(counts), strict=True):
+        for operator, size, own in zip(self.operators, self.sizes, sent.split(counts), strict=True):
             if len(own):
                 found.append(operator if len(own) == size else operator.restricted(own - first))
             first += size

@@ -267,7 +267,7 @@ def _swept_norms(
     sizes = [len(start) for start in starts]
     whole = jacobians.OperatorStack(operators)
     start = torch.cat([F.pad(start, (0, whole.length - start.shape[1])) for start in starts])
-    delta = torch.tensor(deltas, dtype=torch.float64).repeat_interleave(torch.tensor(sizes)).to(widest_float(start[0]))
+    delta = torch.tensor(deltas, dtype=torch.float64, device="cpu").repeat_interleave(torch.tensor(sizes, device="cpu"))
     bracket = spectral.lanczos_bracket(
         whole.gram_within,
         start,

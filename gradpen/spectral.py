@@ -87,7 +87,7 @@ def lanczos_bracket(
         delta: each upper end fails with probability at most this; one number or (B,).
         rtol: a sample is done when its bracket is no wider than this fraction of its upper end.
         max_steps: stop after so many products.
-        restrict: indices of samples → `gram` for these alone. If given, samples that are done leave the batch.
+        restrict: indices of samples, on the CPU → `gram` for these alone. If given, samples that are done leave the batch.
 
     Returns:
         Bracket of shape (B,).
@@ -119,12 +119,13 @@ def lanczos_bracket(
         if search.is_over:
             break
         if restrict is not None and not going_on.all():
-            kept = torch.from_numpy(np.flatnonzero(going_on)).to(q.device)
+            kept = torch.from_numpy(np.flatnonzero(going_on)).to(q.device, non_blocking=True)
             q, before, beta, largest = (tensor.index_select(0, kept) for tensor in (q, before, beta, largest))
-            gram = restrict(torch.from_numpy(search.present).to(q.device))
+            gram = restrict(torch.from_numpy(search.present))
             within = None if within is None else _Factors(within.before[kept], within.after[kept])
     like = widest_float(start[:0])
-    bracket = Bracket(*[torch.from_numpy(end).to(like) for end in search.ends()])
+    ends = [torch.from_numpy(end).to(like.dtype) for end in search.ends()]
+    bracket = Bracket(*[end.to(like.device, non_blocking=True) for end in ends])
     if factors is None:
         return bracket
     root = factors.root()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from gradpen import _layout
 
 torch.set_num_threads(1)
 
-WITHOUT_DEVICE = {  # test modules in which --device changes nothing that is tested
+OF_ONE_DEVICE = {  # modules of tests that choose their device themselves, or are none of a device's, and what they share
+    *("ddp_run", "lightning_cases", "monitor_cases", "two_processes"),
     *("test_benchmark_timing", "test_benchmarks", "test_compare", "test_history", "test_imports", "test_layout"),
     *("test_lightning_page", "test_memory", "test_monitor", "test_monitor_ddp", "test_monitor_probe"),
     *("test_namespaces_and_cli", "test_penalty_callback", "test_products", "test_readme", "test_recipe_data"),
@@ -36,11 +38,15 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_default_device(device)
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    return True if config.getoption("--device") and collection_path.stem in OF_ONE_DEVICE else None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--device") not in (None, "cpu"):
         for item in items:
-            if item.path.stem in WITHOUT_DEVICE or item.get_closest_marker("cpu"):
-                item.add_marker(pytest.mark.skip(reason="of the CPU, or of programs that choose the device themselves"))
+            if item.get_closest_marker("cpu"):
+                item.add_marker(pytest.mark.skip(reason="of the CPU"))
 
 
 @pytest.fixture(autouse=True)

@@ -358,6 +358,25 @@ def test_several_runs_come_to_their_medians(tmp_path):
     assert (ours["ratio"], ours["quartiles"], ours["rounds"]) == (2.5, [1.5, 3.5], {"input": 25})
     assert peer["reason"] == "its norms carry no graph"
     assert results["machine"]["runs"] == 3
+    merged = tmp_path / "merged.json"
+    merged.write_text(json.dumps(results))
+    assert medians.median_of_runs([merged])["machine"]["runs"] == 3
+
+
+def test_the_table_of_a_gpu_may_come_from_another_machine(tmp_path, capsys):
+    nets = [{"widths": [784, 10], "batch_size": 8, "steps": []}]
+    table = {"device": "X", "cuda": "13", "torch": "2", "cpu": "Y", "nets": nets}
+    gpu, out = tmp_path / "gpu.json", tmp_path / "out.json"
+    gpu.write_text(json.dumps({"machine": machine_of_nobody(), "cuda": table}))
+    published = run.main(["--of", str(run.PUBLISHED), "--cuda", str(gpu), "--out", str(out)])
+    assert json.loads(out.read_text())["cuda"] == published["cuda"] == table
+    before = json.loads(run.PUBLISHED.read_text(encoding="utf-8"))
+    assert {**published, "cuda": None} == {**before, "cuda": None}
+    gpu.write_text(json.dumps({"machine": machine_of_nobody(), "cuda": None}))
+    for file, message in ((gpu, "no table of a GPU"), (tmp_path / "nothing.json", "nothing.json")):
+        with pytest.raises(SystemExit):
+            run.main(["--of", str(run.PUBLISHED), "--cuda", str(file), "--out", str(out)])
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("other", [{"torch_version": "2.14.0", "ratio": 2.0}, {"seconds": 2.0}, {"ratio": 2}])

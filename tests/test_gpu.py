@@ -33,6 +33,7 @@ pytestmark = [
 
 BATCH = 11
 LARGEST_ERROR = {"highest": 1e-4, "high": 3e-2}  # of a gradient; TF32 has 10 bits
+NEAR_A_KINK = "masked"  # 6e-5 from where its ReLU is bent, which TF32 sees on the other side
 
 
 @pytest.fixture(params=LARGEST_ERROR)
@@ -68,6 +69,8 @@ def gradient_of_objective(model: nn.Module, x: Any, y: Tensor, criterion: Any, h
 
 @pytest.mark.parametrize("case", [case for case in cases.ARCHITECTURES if case.loss.name == "cross_entropy"], ids=str)
 def test_penalties(case, precision):
+    if precision == "high" and case.name == NEAR_A_KINK:
+        pytest.skip("a ReLU's sign is another in TF32")
     problem = case.problem(BATCH)
     expected = gradient_of_objective(*problem, case.float_input)
     actual = gradient_of_objective(*on_gpu(*problem), case.float_input)
@@ -130,7 +133,7 @@ def test_the_host_looks_at_an_iteration_only_now_and_then(monkeypatch):
     monkeypatch.setattr(spectral, "_lanczos_step", lambda *args: steps.append(1) or step(*args))
     evaluate_inequality(model, x, y, method="krylov", slack=False)  # warm
     looks.clear(), steps.clear()
-    waits = []
+    waits: list[str] = []
 
     def bracket(*args: Any, **kwargs: Any) -> Any:
         with warnings.catch_warnings(record=True) as caught:
@@ -140,13 +143,15 @@ def test_the_host_looks_at_an_iteration_only_now_and_then(monkeypatch):
                 return lanczos(*args, **kwargs)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-                waits.extend(str(warning.message) for warning in caught if "synchroniz" in str(warning.message))
+                found = [warning for warning in caught if str(warning.message).startswith("called a synchronizing")]
+                waits.extend(f"{warning.filename}:{warning.lineno}" for warning in found)
 
     lanczos = spectral.lanczos_bracket
     monkeypatch.setattr(spectral, "lanczos_bracket", bracket)
     evaluate_inequality(model, x, y, method="krylov", slack=False)
     assert 0 < len(looks) < len(steps)
-    assert len(waits) <= 8 + 4 * len(looks)  # the start, the first product, the results; coefficients in, indices out
+    sweeps = 2  # of the samples and of the weights
+    assert len(waits) <= 2 * sweeps + len(looks), waits  # the dimension, the first product; the coefficients
 
 
 def test_the_budget_is_what_the_device_has():

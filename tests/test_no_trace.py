@@ -69,7 +69,7 @@ def snapshot(model: nn.Module, *tensors: torch.Tensor) -> dict[str, Any]:
         "modes": (
             torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(),
-            torch.is_autocast_enabled("cpu"),
+            torch.is_autocast_enabled(torch.get_default_device().type),
         ),
         "dtype": torch.get_default_dtype(),
     }
