@@ -53,7 +53,7 @@ def check_agreement(job: Job, work: Workload, left_out: Mapping[str, str] | None
     return errors
 
 
-def check_close(who: str, found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+def check_close(who: str, found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float = TOLERANCE) -> float:
     """The largest of the relative errors.
 
     Raises:
@@ -61,8 +61,8 @@ def check_close(who: str, found: Sequence[Tensor], expected: Sequence[Tensor]) -
     """
     errors = [relative_error(value, reference) for value, reference in zip(found, expected, strict=True)]
     for error in errors:
-        if not error <= TOLERANCE:  # max() could lose a NaN
-            raise DisagreementError(f"{who} is off by {error:.1e}, allowed is {TOLERANCE:.0e}")
+        if not error <= tolerance:  # max() could lose a NaN
+            raise DisagreementError(f"{who} is off by {error:.1e}, allowed is {tolerance:.0e}")
     return max(errors)
 
 

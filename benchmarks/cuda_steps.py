@@ -12,7 +12,7 @@ from typing import Any
 import straight_line
 import torch
 import torch.nn.functional as F
-from agreement import TOLERANCE, DisagreementError, check_close, described, flat_gradient
+from agreement import TOLERANCE, DisagreementError, check_close, described, flat_gradient, relative_error
 from contenders import BATCH_WEIGHT, INPUT_WEIGHT, PARAM_WEIGHT
 from machine import cpu_model
 from measure import race
@@ -85,8 +85,13 @@ def _checked_inequality(work: Workload) -> Callable[[], object]:
 
     found, expected = check(), check(work.in_float64())
     sides = [[report.rhs, report.input_grad_sq_norm] for report in (found, expected)]
-    check_close("check", *sides)
-    apart = [(a.lhs_lower > (1 + TOLERANCE) * b.lhs_upper).any() for a, b in ((found, expected), (expected, found))]
+    gradients = []
+    for of in (work.copied(), work.in_float64()):
+        straight_line.plain_step(of)
+        gradients.append(flat_gradient(of.model))
+    tolerance = _allowed(relative_error(*gradients))
+    check_close("check", *sides, tolerance)
+    apart = [(a.lhs_lower > (1 + tolerance) * b.lhs_upper).any() for a, b in ((found, expected), (expected, found))]
     if any(apart):
         raise DisagreementError("check: the brackets have no point in common with those in float64")
     return check
@@ -96,8 +101,10 @@ def _checked_steps(
     name: str, reference: Callable[[Workload], Tensor], work: Workload
 ) -> tuple[dict[str, Callable[[], None]], dict[str, dict[str, str]]]:
     """Mode → a step that is warm and right; and mode → why there is none."""
-    expected = work.in_float64()
+    expected, by_hand = work.in_float64(), work.copied()
     reference(expected)
+    reference(by_hand)
+    tolerance = _allowed(relative_error(flat_gradient(by_hand.model), flat_gradient(expected.model)))
     steps, reasons = {}, {}
     for mode in ("eager", "compiled"):
         contender = work.copied()
@@ -110,9 +117,14 @@ def _checked_steps(
                 raise
             reasons[mode] = {"reason": described(error)}
             continue
-        check_close(f"{name}, {mode}", [flat_gradient(contender.model)], [flat_gradient(expected.model)])
+        check_close(f"{name}, {mode}", [flat_gradient(contender.model)], [flat_gradient(expected.model)], tolerance)
         steps[mode] = step
     return steps, reasons
+
+
+def _allowed(of_float32: float) -> float:
+    """Where float32 alone moves the code by hand so far: of a million units some are off in one type and on in the other."""
+    return max(TOLERANCE, 4 * of_float32)
 
 
 def _references() -> dict[str, Callable[[Workload], Tensor]]:

@@ -35,7 +35,8 @@ class JacobianOperator:
         template: (B, n), a tensor of the right shape, type and device.
         columns: d.
         widest: entries of the longest vector on the way.
-        part: indices of samples → the operator of these alone, at their share of the cost; None if there is no such thing.
+        part: indices of samples, on the CPU → the operator of these alone, at their share of the cost; None if there is no
+            such thing.
         diagonal: (B, n), what the rows of J_b were multiplied by last, 0 where they are known to be 0; None if by nothing.
         gram_within: (u, out) ↦ J Jᵀ u, written into `out`, for u that are 0 where the diagonal is, as the products are
             themselves; None if there is nothing to be gained.
@@ -97,7 +98,8 @@ class JacobianOperator:
 
         def restricted(rows: Tensor) -> JacobianOperator:
             assert part is not None
-            return part(rows).times_diagonal(diagonal.index_select(0, rows), is_mask=is_mask)
+            own = diagonal.index_select(0, rows.to(diagonal.device, non_blocking=True))
+            return part(rows).times_diagonal(own, is_mask=is_mask)
 
         return JacobianOperator(
             gram=lambda u: self.gram(diagonal * u).mul_(diagonal),
@@ -148,14 +150,15 @@ class JacobianOperator:
         )
 
     def restricted(self, rows: Tensor) -> JacobianOperator:
-        """The operator of some samples, if need be at the cost of all."""
+        """The operator of some samples, given by indices on the CPU, if need be at the cost of all."""
         if self.part is not None:
             return self.part(rows)
+        sent = rows.to(self.template.device, non_blocking=True)
 
         def padded(product: MatVec) -> MatVec:
-            return lambda u: product(torch.zeros_like(self.template).index_copy_(0, rows, u))[rows]
+            return lambda u: product(torch.zeros_like(self.template).index_copy_(0, sent, u))[sent]
 
-        return JacobianOperator(padded(self.gram), padded(self.vjp), self.template[rows], self.columns, self.widest)
+        return JacobianOperator(padded(self.gram), padded(self.vjp), self.template[sent], self.columns, self.widest)
 
     def materialize(self) -> Tensor:
         """J itself, one row at a time: (B, n, d)."""
@@ -269,9 +272,8 @@ class OperatorStack:
         """The stack of some samples, given by rising indices on the CPU, so that the host waits for no device."""
         ends = torch.tensor(self.sizes, device="cpu").cumsum(0)
         counts = torch.bucketize(samples, ends, right=True).bincount(minlength=len(self.sizes)).tolist()
-        sent = samples.to(self.operators[0].template.device, non_blocking=True)
         found, first = [], 0
-        for operator, size, own in zip(self.operators, self.sizes, sent.split(counts), strict=True):
+        for operator, size, own in zip(self.operators, self.sizes, samples.split(counts), strict=True):
             if len(own):
                 found.append(operator if len(own) == size else operator.restricted(own - first))
             first += size

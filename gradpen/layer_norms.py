@@ -120,7 +120,7 @@ def _weight_operator(layer: CutLayer, operator: jacobians.JacobianOperator) -> j
     """W; as one of the samples of W J if J is I, and W Wᵀ is formed anyway."""
     if not operator.is_identity or layer.weight.data_ptr() not in operator.grams:
         return jacobians.matrix_operator(layer.weight)
-    return operator.times_weight(layer.weight).restricted(torch.zeros(1, dtype=torch.long, device=layer.weight.device))
+    return operator.times_weight(layer.weight).restricted(torch.zeros(1, dtype=torch.long, device="cpu"))
 
 
 Key = tuple[int, str]  # (position of the layer, which of its norms)
@@ -217,7 +217,7 @@ def _dense_norms(operator: jacobians.JacobianOperator, settings: NormSettings) -
 
 def _parts(operator: jacobians.JacobianOperator, size: int) -> Iterator[jacobians.JacobianOperator]:
     """The operator, `size` samples at a time."""
-    samples = torch.arange(len(operator.template), device=operator.template.device)
+    samples = torch.arange(len(operator.template), device="cpu")
     if len(samples) <= size:
         yield operator
         return
