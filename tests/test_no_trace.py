@@ -157,7 +157,7 @@ def test_under_no_grad_and_autocast():
     expected = evaluate_inequality(model, x, y)
     with torch.no_grad(), torch.autocast(torch.get_default_device().type, torch.bfloat16):
         report = evaluate_inequality(model, x, y)
-        assert not torch.is_grad_enabled() and torch.is_autocast_enabled("cpu")
+        assert not torch.is_grad_enabled() and torch.is_autocast_enabled(torch.get_default_device().type)
     assert torch.equal(report.lhs, expected.lhs) and torch.equal(report.rhs, expected.rhs)
 
 
