@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal
 
 import peers
 import straight_line
@@ -189,6 +189,7 @@ def jobs() -> list[Job]:
                 Contender(BY_HAND, "straight line", _straight_projection),
                 *_written_out(_projection_written_out),
                 Contender("PenalizedLoss", "gradpen", _projected_objective),
+                Contender("PenalizedLoss, compiled", "gradpen", _compiled_projected_objective, compiled=True),
                 Contender("Jacobian regulariser by hand", "peer", _jacobian_regularizer),
             ),
         ),
@@ -213,30 +214,8 @@ def objective_step(work: Workload, penalties: list[GradPenalty]) -> Step:
     return _step_of(work, partial(objective, work.model))
 
 
-def compiled_step(work: Workload, penalties: list[GradPenalty]) -> Step:
-    """The same, with the function of the batch that gives the loss compiled as a whole."""
-    objective = PenalizedLoss(F.cross_entropy, *penalties)
-
-    def loss_of(x: Tensor, y: Tensor) -> _Loss:
-        out = objective(work.model, x, y)
-        return _Loss(out.loss, out.penalties)
-
-    step = _step_of(work, _compiled(loss_of))
-    for _ in range(EVERY):  # steps with and without the penalty
-        step()
-    for penalty in penalties:
-        penalty.num_calls = 0
-    return step
-
-
-class _Loss(NamedTuple):
-    """Of a `PenalizedOutput` what a training loop needs."""
-
-    loss: Tensor
-    penalties: dict[str, Tensor]
-
-
-def _compiled(function: Callable[..., _Loss]) -> Callable[..., _Loss]:
+def compiled_step(work: Workload, penalties: list[GradPenalty], **options: Any) -> Step:
+    """The same, compiled."""
     if torch.__version__ < (2, 8):
         raise peers.UnsupportedJobError("torch 2.8 is the oldest that can compile a penalty")
     try:
@@ -244,10 +223,15 @@ def _compiled(function: Callable[..., _Loss]) -> Callable[..., _Loss]:
     except InvalidCxxCompiler as error:
         raise peers.UnsupportedJobError("torch.compile finds no C++ compiler") from error
     torch._dynamo.reset()  # what was compiled before has run: a function is compiled a limited number of times
-    return torch.compile(function, fullgraph=True)
+    step = _step_of(work, partial(PenalizedLoss(F.cross_entropy, *penalties).compiled(**options), work.model))
+    for _ in range(EVERY):  # steps with and without the penalty
+        step()
+    for penalty in penalties:
+        penalty.num_calls = 0
+    return step
 
 
-def _step_of(work: Workload, loss_of: Callable[[Tensor, Tensor], _Loss | PenalizedOutput]) -> Step:
+def _step_of(work: Workload, loss_of: Callable[[Tensor, Tensor], PenalizedOutput]) -> Step:
     def step() -> Tensor:
         work.model.zero_grad()
         out = loss_of(work.x, work.y)
@@ -355,6 +339,14 @@ def _projected_objective(work: Workload) -> Step:
     return objective_step(
         work, [InputGradPenalty(OUTPUT_WEIGHT, of="output", method="projection", generator=generator)]
     )
+
+
+def _compiled_projected_objective(work: Workload) -> Step:
+    """A graph cannot draw from a generator of its own: it draws what torch's would from the same seed."""
+    penalty = InputGradPenalty(OUTPUT_WEIGHT, of="output", method="projection")
+    step = compiled_step(work, [penalty], options={"fallback_random": True})
+    torch.manual_seed(0)
+    return step
 
 
 def _jacobian_regularizer(work: Workload) -> Step:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gradpen import _checks, evaluation
 from gradpen.criteria import Criterion, as_criterion
 from gradpen.evaluation import Evaluation
-from gradpen.recording import call_model, tensors_of
+from gradpen.recording import call_model, map_tensors, tensors_of
 from gradpen.terms import GroupNorms, InputTerm, ParameterFilter, ParamTerm, Term
 
 Weight = float | Callable[[int], float]
@@ -362,15 +362,73 @@ class PenalizedLoss(nn.Module):
             y: target of shape (B, …), as the criterion takes it.
         """
         _checks.check_model(model)
-        compiling = torch.compiler.is_compiling()
-        if compiling:
+        if torch.compiler.is_compiling():
             _traced().renew_criteria(self)
-        penalties = [penalty for penalty in self.penalties if isinstance(penalty, GradPenalty)]
-        criterion = self.renewed_criterion()
+        penalties = self._penalties()
         factors = [penalty.advance(model) for penalty in penalties]
+        if all(factor is None for factor in factors):
+            output = call_model(model, x)
+            data_loss = self.renewed_criterion().data_loss(output, y)
+            # a loss of its own: `loss /= n` must leave the data loss alone
+            return PenalizedOutput(data_loss.clone(), data_loss, _zeros(penalties, data_loss), output)
+        return self._penalised(model, x, y, factors)
+
+    def compiled(self, **options: Any) -> Callable[..., PenalizedOutput]:
+        """The objective for training loops, compiled: `torch.compile` of what is worth it.
+
+        What it returns is called as the objective is, ``(model, x, y) → PenalizedOutput``, and counts the same steps. There
+        are two differences from ``torch.compile(objective)``. Of the result `loss` alone carries a graph; so the compiler
+        makes no backward pass for anything else. And a step on which ``every_n_steps`` leaves all penalties out is not
+        compiled, which would make it slower.
+
+        Args:
+            **options: as `torch.compile` takes them; ``fullgraph`` is True unless said otherwise.
+
+        Raises:
+            RuntimeError: if torch is older than 2.8.
+
+        Example:
+            >>> import torch, torch.nn.functional as F
+            >>> from gradpen import InputGradPenalty, PenalizedLoss
+            >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+            >>> objective = PenalizedLoss(F.cross_entropy, InputGradPenalty(0.1, every_n_steps=4)).compiled(backend="eager")
+            >>> out = objective(model, torch.randn(5, 4), torch.randint(3, (5,)))
+            >>> out.loss.backward()
+            >>> out.loss.requires_grad, out.data_loss.requires_grad
+            (True, False)
+        """
+        _traced().check_version()
+        penalised = torch.compile(self._loss_alone, **{"fullgraph": True, **options})
+
+        def objective(model: nn.Module, x: Any, y: Any = None) -> PenalizedOutput:
+            _checks.check_model(model)
+            penalties = self._penalties()
+            factors = [penalty.advance(model) for penalty in penalties]
+            if any(factor is not None for factor in factors):
+                out: PenalizedOutput = penalised(model, x, y, factors)
+                return out
+            output = call_model(model, x)
+            loss = self.renewed_criterion().data_loss(output, y)
+            data_loss = loss.detach().clone()
+            return PenalizedOutput(loss, data_loss, _zeros(penalties, data_loss), map_tensors(output, Tensor.detach))
+
+        return objective
+
+    def _penalties(self) -> list[GradPenalty]:
+        return [penalty for penalty in self.penalties if isinstance(penalty, GradPenalty)]
+
+    def _loss_alone(self, model: nn.Module, x: Any, y: Any, factors: Sequence[float | None]) -> PenalizedOutput:
+        """`_penalised`, of which nothing but the loss can be differentiated."""
+        if torch.compiler.is_compiling():
+            _traced().renew_criteria(self)
+        loss, *others = self._penalised(model, x, y, factors)
+        return PenalizedOutput(loss, *map_tensors(others, Tensor.detach))
+
+    def _penalised(self, model: nn.Module, x: Any, y: Any, factors: Sequence[float | None]) -> PenalizedOutput:
+        """The objective on a step with a penalty, given what each is multiplied by now."""
+        compiling = torch.compiler.is_compiling()
+        penalties, criterion = self._penalties(), self.renewed_criterion()
         due = [(penalty, factor) for penalty, factor in zip(penalties, factors, strict=True) if factor is not None]
-        if not due:
-            return _without_penalties(call_model(model, x), y, criterion, [penalty.name for penalty in penalties])
         terms = [
             (penalty.term, criterion if penalty.criterion is None else penalty.renewed_criterion())
             for penalty, _ in due
@@ -396,10 +454,9 @@ class PenalizedLoss(nn.Module):
         return PenalizedOutput(loss, data_loss, values, evaluated.output)
 
 
-def _without_penalties(output: Any, y: Any, criterion: Criterion, names: Sequence[str]) -> PenalizedOutput:
-    data_loss = criterion.data_loss(output, y)
-    # a loss of its own: `loss /= n` must leave the data loss alone
-    return PenalizedOutput(data_loss.clone(), data_loss, {name: data_loss.new_zeros(()) for name in names}, output)
+def _zeros(penalties: Sequence[GradPenalty], like: Tensor) -> dict[str, Tensor]:
+    """R on a step that leaves all penalties out."""
+    return {penalty.name: like.new_zeros(()) for penalty in penalties}
 
 
 def _evaluate_terms(

@@ -177,10 +177,7 @@ def advance(penalty: Any, training: bool) -> float | None:
         RuntimeError: if this torch cannot be told so.
     """
     if not _COMPILES_PENALTIES:
-        _refuse(
-            f"gradient penalties can be compiled from torch 2.8 on, got {torch.__version__}: call the objective without "
-            "torch.compile"
-        )
+        _refuse(_TOO_OLD)
     _take_for_variables(_COUNTERS, True)
     try:
         is_left_out = training and penalty.num_calls % penalty.every_n_steps != 0
@@ -198,7 +195,21 @@ def _has_number_for_weight(penalty_id: int) -> bool:
     return not callable(_alive({penalty_id})[penalty_id].weight)
 
 
+def check_version() -> None:
+    """Penalties can be compiled.
+
+    Raises:
+        RuntimeError: if this torch cannot compile them.
+    """
+    if not _COMPILES_PENALTIES:
+        raise RuntimeError(_TOO_OLD)
+
+
 _COMPILES_PENALTIES = torch.__version__ >= "2.8"  # torch compares versions, not strings
+_TOO_OLD = (
+    f"gradient penalties can be compiled from torch 2.8 on, got {torch.__version__}: call the objective without "
+    "torch.compile or compiled()"
+)
 _COUNTERS = r".*\.num_calls"
 
 

@@ -396,6 +396,76 @@ def test_settings_of_the_compiler_are_put_back():
 def test_an_old_torch_is_told_so():
     with pytest.raises(RuntimeError, match=r"from torch 2\.8 on"):
         compiled(PenalizedLoss(F.cross_entropy, InputGradPenalty()))(small_mlp(), *batch_of())
+    with pytest.raises(RuntimeError, match=r"from torch 2\.8 on"):
+        PenalizedLoss(F.cross_entropy).compiled()
+
+
+# ---- for training loops ---------------------------------------------------------------------------------------------
+
+
+FOR_TRAINING: dict[str, Callable[[], list[GradPenalty]]] = {
+    "lazy": lambda: [InputGradPenalty(0.3, every_n_steps=3)],
+    "two_lazy": lambda: [InputGradPenalty(0.3, every_n_steps=2), ParamGradPenalty(0.1, every_n_steps=3)],
+    "any_schedule": lambda: [ParamGradPenalty(lambda step: math.exp(-step) + 1 + math.sin(step))],
+    "measured": lambda: [InputGradPenalty(0.0), ParamGradPenalty(0.0)],
+    "difference": lambda: [ParamGradPenalty(0.1, over="batch", method="finite_difference")],
+    "none": list,
+}
+GRAPHS = {"lazy": 1, "two_lazy": 3, "any_schedule": 2, "measured": 1, "difference": 1, "none": 0}
+
+
+@needs_compilable_torch
+@pytest.mark.parametrize("name", FOR_TRAINING)
+def test_compiled_for_training(name):
+    (model, (x, y)), counter = (small_mlp(), batch_of()), CompileCounterWithBackend("aot_eager")
+    eager, traced = (PenalizedLoss(F.cross_entropy, *FOR_TRAINING[name]()) for _ in range(2))
+    step = traced.compiled(backend=counter)
+    for _ in range(8):
+        torch.testing.assert_close(one_step(step, model, x, y), one_step(eager, model, x, y), rtol=1e-10, atol=1e-11)
+        out = step(model, x, y)
+        eager(model, x, y)
+        assert out.loss.requires_grad
+        assert not any(value.requires_grad for value in (out.data_loss, out.output, *out.penalties.values()))
+        assert counter.frame_count <= GRAPHS[name]
+    assert counter.frame_count == GRAPHS[name]
+    assert traced.state_dict() == eager.state_dict()
+    model.eval()
+    torch.testing.assert_close(step(model, x, y).loss, eager(model, x, y).loss)
+    assert traced.state_dict() == eager.state_dict()
+
+
+@needs_compilable_torch
+def test_a_loss_for_training_is_one_of_its_own():
+    objective = PenalizedLoss(F.cross_entropy, InputGradPenalty(0.0, every_n_steps=2)).compiled(backend="aot_eager")
+    model, (x, y) = small_mlp(), batch_of()
+    for _ in range(2):
+        out = objective(model, x, y)
+        loss, expected = out.loss, out.data_loss.clone()
+        loss /= 4
+        assert torch.equal(out.data_loss, expected)
+
+
+@needs_compilable_torch
+def test_another_criterion_is_noticed_in_training():
+    model, (x, y) = small_mlp(), batch_of()
+    objective = PenalizedLoss(nn.CrossEntropyLoss(), InputGradPenalty(0.3, every_n_steps=2))
+    step, eager = objective.compiled(backend="aot_eager"), copy.deepcopy(objective)
+    for smoothing in (0.0, 0.0, 0.3, 0.3):
+        objective.criterion.label_smoothing = eager.criterion.label_smoothing = smoothing
+        torch.testing.assert_close(one_step(step, model, x, y), one_step(eager, model, x, y))
+
+
+@needs_compilable_torch
+def test_graphs_are_whole_unless_said_otherwise():
+    class Breaks(nn.Sequential):
+        def forward(self, x):
+            torch._dynamo.graph_break()
+            return super().forward(x)
+
+    with pytest.raises(Exception, match="graph_break"):
+        PenalizedLoss(F.cross_entropy, InputGradPenalty()).compiled(backend="aot_eager")(
+            Breaks(*small_mlp()), *batch_of()
+        )
 
 
 # ---- random numbers, buffers ----------------------------------------------------------------------------------------
