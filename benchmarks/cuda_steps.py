@@ -148,7 +148,9 @@ def _loss(name: str, *, compiled: bool) -> Loss:
     if name == "batch":
         penalties.append(ParamGradPenalty(BATCH_WEIGHT, over="batch"))
     objective: Any = PenalizedLoss(F.cross_entropy, *penalties) if penalties else _plain_loss
-    if compiled:
+    if compiled and penalties:
+        objective = _in_graphs(objective.compiled(mode="reduce-overhead"))
+    elif compiled:
         objective = _in_graphs(torch.compile(objective, fullgraph=True, mode="reduce-overhead"))
     return (lambda model, x, y: objective(model, x, y).loss) if penalties else objective
 

@@ -405,7 +405,8 @@ class PenalizedLoss(nn.Module):
             penalties = self._penalties()
             factors = [penalty.advance(model) for penalty in penalties]
             if any(factor is not None for factor in factors):
-                out: PenalizedOutput = penalised(model, x, y, factors)
+                numbers = [None if factor is None else float(factor) for factor in factors]  # an int is a constant
+                out: PenalizedOutput = penalised(model, x, y, numbers)
                 return out
             output = call_model(model, x)
             loss = self.renewed_criterion().data_loss(output, y)
