@@ -25,6 +25,9 @@ DOCUMENT = Path(__file__).parent.parent / "docs" / "compile.md"
 BATCH = 11  # no width and no number of tokens or pixels in the cases: such a batch is refused
 STEPS_CAN_BE_VARIABLES = hasattr(torch._dynamo, "patch_dynamo_config")
 needs_compilable_torch = pytest.mark.skipif(not STEPS_CAN_BE_VARIABLES, reason="torch >= 2.8 compiles penalties")
+needs_a_compiler = pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -435,12 +438,15 @@ def test_compiled_for_training(name):
 
 
 @needs_compilable_torch
-def test_a_loss_for_training_is_one_of_its_own():
-    objective = PenalizedLoss(F.cross_entropy, InputGradPenalty(0.0, every_n_steps=2)).compiled(backend="aot_eager")
-    model, (x, y) = small_mlp(), batch_of()
+@pytest.mark.parametrize("weight", [0.0, 0.1])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_a_compiler)])
+def test_a_loss_for_training_is_one_of_its_own(backend, weight):
+    objective = PenalizedLoss(F.cross_entropy, InputGradPenalty(weight, every_n_steps=2)).compiled(backend=backend)
+    model, (x, y) = small_mlp().float(), batch_of()
     for _ in range(2):
-        out = objective(model, x, y)
-        loss, expected = out.loss, out.data_loss.clone()
+        out = objective(model, x.float(), y)
+        out.loss.backward()
+        loss, expected = out.loss.detach(), out.data_loss.clone()
         loss /= 4
         assert torch.equal(out.data_loss, expected)
 
@@ -764,7 +770,7 @@ def test_the_blocks_of_the_documentation_run(monkeypatch):
 
 
 @needs_compilable_torch
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
+@needs_a_compiler
 def test_inductor():
     model, (x, y) = small_mlp().float(), batch_of()
     objective = PenalizedLoss(F.cross_entropy, InputGradPenalty(0.1), ParamGradPenalty(0.1))
