@@ -406,33 +406,24 @@ class PenalizedLoss(nn.Module):
             factors = [penalty.advance(model) for penalty in penalties]
             if any(factor is not None for factor in factors):
                 numbers = [None if factor is None else float(factor) for factor in factors]  # an int is a constant
-                loss, data_loss, values, output = penalised(model, x, y, numbers)
-            else:
-                output = call_model(model, x)
-                loss, data_loss = self.renewed_criterion().data_loss(output, y), None
-                values, output = _zeros(penalties, loss), map_tensors(output, Tensor.detach)
-            # a tensor of its own: `loss /= n` must leave the data loss alone
-            return PenalizedOutput(loss, loss.detach().clone() if data_loss is None else data_loss, values, output)
+                out: PenalizedOutput = penalised(model, x, y, numbers)
+                return out
+            output = call_model(model, x)
+            loss = self.renewed_criterion().data_loss(output, y)
+            data_loss = loss.detach().clone()
+            return PenalizedOutput(loss, data_loss, _zeros(penalties, data_loss), map_tensors(output, Tensor.detach))
 
         return objective
 
     def _penalties(self) -> list[GradPenalty]:
         return [penalty for penalty in self.penalties if isinstance(penalty, GradPenalty)]
 
-    def _loss_alone(
-        self, model: nn.Module, x: Any, y: Any, factors: Sequence[float | None]
-    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor], Any]:
-        """`_penalised`, of which nothing but the loss can be differentiated; without the data loss if that is the loss.
-
-        The compiler would take a copy of it for the same tensor, and neither of them for differentiable.
-        """
+    def _loss_alone(self, model: nn.Module, x: Any, y: Any, factors: Sequence[float | None]) -> PenalizedOutput:
+        """`_penalised`, of which nothing but the loss can be differentiated."""
         if torch.compiler.is_compiling():
             _traced().renew_criteria(self)
-        out = self._penalised(model, x, y, factors)
-        values, output = map_tensors([out.penalties, out.output], Tensor.detach)
-        if not any(factors):
-            return out.data_loss, None, values, output
-        return out.loss, out.data_loss.detach(), values, output
+        loss, *others = self._penalised(model, x, y, factors)
+        return PenalizedOutput(loss, *map_tensors(others, Tensor.detach))
 
     def _penalised(self, model: nn.Module, x: Any, y: Any, factors: Sequence[float | None]) -> PenalizedOutput:
         """The objective on a step with a penalty, given what each is multiplied by now."""
@@ -459,8 +450,8 @@ class PenalizedLoss(nn.Module):
                 term = values[penalty.name]
                 # to a compiled graph alpha is a constant, a factor is not: setting `weight` anew costs no compilation
                 loss = loss + factor * term if compiling else torch.add(loss, term, alpha=factor)
-        if loss is data_loss:
-            loss = data_loss.clone()  # `loss /= n` must leave the data loss alone
+        if loss is data_loss:  # `loss /= n` must leave the data loss alone, and the compiler drops copies
+            loss = data_loss.neg().neg() if compiling else data_loss.clone()
         return PenalizedOutput(loss, data_loss, values, evaluated.output)
 
 
