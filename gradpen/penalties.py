@@ -369,8 +369,7 @@ class PenalizedLoss(nn.Module):
         if all(factor is None for factor in factors):
             output = call_model(model, x)
             data_loss = self.renewed_criterion().data_loss(output, y)
-            # a loss of its own: `loss /= n` must leave the data loss alone
-            return PenalizedOutput(data_loss.clone(), data_loss, _zeros(penalties, data_loss), output)
+            return PenalizedOutput(_of_its_own(data_loss), data_loss, _zeros(penalties, data_loss), output)
         return self._penalised(model, x, y, factors)
 
     def compiled(self, **options: Any) -> Callable[..., PenalizedOutput]:
@@ -450,9 +449,14 @@ class PenalizedLoss(nn.Module):
                 term = values[penalty.name]
                 # to a compiled graph alpha is a constant, a factor is not: setting `weight` anew costs no compilation
                 loss = loss + factor * term if compiling else torch.add(loss, term, alpha=factor)
-        if loss is data_loss:  # `loss /= n` must leave the data loss alone, and the compiler drops copies
-            loss = data_loss.neg().neg() if compiling else data_loss.clone()
+        if loss is data_loss:
+            loss = _of_its_own(data_loss)
         return PenalizedOutput(loss, data_loss, values, evaluated.output)
+
+
+def _of_its_own(data_loss: Tensor) -> Tensor:
+    """The same number as another tensor: `loss /= n` must leave the data loss alone. The compiler drops mere copies."""
+    return data_loss.neg().neg() if torch.compiler.is_compiling() else data_loss.clone()
 
 
 def _zeros(penalties: Sequence[GradPenalty], like: Tensor) -> dict[str, Tensor]:

@@ -440,13 +440,16 @@ def test_compiled_for_training(name):
 @needs_compilable_torch
 @pytest.mark.parametrize("weight", [0.0, 0.1])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_a_compiler)])
-def test_a_loss_for_training_is_one_of_its_own(backend, weight):
-    objective = PenalizedLoss(F.cross_entropy, InputGradPenalty(weight, every_n_steps=2)).compiled(backend=backend)
+@pytest.mark.parametrize("for_training", [True, False])
+def test_a_compiled_loss_is_a_tensor_of_its_own(for_training, backend, weight):
+    """Inductor drops copies, and then `loss /= n` changes the data loss."""
+    objective = PenalizedLoss(F.cross_entropy, InputGradPenalty(weight, every_n_steps=2))
+    step = objective.compiled(backend=backend) if for_training else compiled(objective, backend)
     model, (x, y) = small_mlp().float(), batch_of()
     for _ in range(2):
-        out = objective(model, x.float(), y)
+        out = step(model, x.float(), y)
         out.loss.backward()
-        loss, expected = out.loss.detach(), out.data_loss.clone()
+        loss, expected = out.loss.detach(), out.data_loss.detach().clone()
         loss /= 4
         assert torch.equal(out.data_loss, expected)
 
