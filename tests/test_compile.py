@@ -438,13 +438,12 @@ def test_compiled_for_training(name):
 
 
 @needs_compilable_torch
-@pytest.mark.parametrize("weight", [0.0, 0.1])
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_a_compiler)])
+@needs_a_compiler
 @pytest.mark.parametrize("for_training", [True, False])
-def test_a_compiled_loss_is_a_tensor_of_its_own(for_training, backend, weight):
+def test_a_compiled_loss_is_a_tensor_of_its_own(for_training):
     """Inductor drops copies, and then `loss /= n` changes the data loss."""
-    objective = PenalizedLoss(F.cross_entropy, InputGradPenalty(weight, every_n_steps=2))
-    step = objective.compiled(backend=backend) if for_training else compiled(objective, backend)
+    objective = PenalizedLoss(F.cross_entropy, InputGradPenalty(0.0, every_n_steps=2))
+    step = objective.compiled() if for_training else compiled(objective, "inductor")
     model, (x, y) = small_mlp().float(), batch_of()
     for _ in range(2):
         out = step(model, x.float(), y)
