@@ -50,9 +50,8 @@ torch.compiler.allow_in_graph(_graph.differentiate)
 torch.compiler.allow_in_graph(_graph.differentiate_rows)
 torch.compiler.allow_in_graph(recording.requiring_grad)
 
-if (
-    "2.9" <= torch.__version__ < "2.12"
-):  # they skip guards that would tell that a parameter is frozen, later ones do not
+# These versions skip guards that would tell that a parameter has been frozen; later ones do not.
+if "2.9" <= torch.__version__ < "2.12":
     torch._dynamo.config.use_recursive_dict_tags_for_guards = False
 
 CallSignature = tuple[str, tuple[int, ...] | None]

@@ -438,6 +438,18 @@ def test_compiled_for_training(name):
 
 
 @needs_compilable_torch
+def test_weights_that_are_set_anew_are_no_new_graphs_in_training():
+    """Ints as well: to a graph of one's own each of these is another constant."""
+    (model, (x, y)), counter = (small_mlp(), batch_of()), CompileCounterWithBackend("aot_eager")
+    eager, traced = (PenalizedLoss(F.cross_entropy, ParamGradPenalty(0.1)) for _ in range(2))
+    step = traced.compiled(backend=counter)
+    for weight in (0.1, 0.2, 3, 4, 5, 0.6):
+        eager.penalties[0].weight = traced.penalties[0].weight = weight
+        torch.testing.assert_close(one_step(step, model, x, y), one_step(eager, model, x, y))
+    assert counter.frame_count == 2
+
+
+@needs_compilable_torch
 @needs_a_compiler
 @pytest.mark.parametrize("for_training", [True, False])
 def test_a_compiled_loss_is_a_tensor_of_its_own(for_training):

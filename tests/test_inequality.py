@@ -104,25 +104,21 @@ def test_every_method_finds_the_same_sides(name, norm, method):
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_brackets_of_a_chain_whose_samples_leave(activation, dtype):
-    """Forty samples, of which some leave the iteration before the others."""
+    """Forty samples, of which some leave the iteration before the others; the same ones on every device."""
     widths = [12, 60, 90, 60, 3]
-    modules = [module for n, m in itertools.pairwise(widths) for module in (nn.Linear(n, m), activation())]
-    model = nn.Sequential(*modules[:-1]).to(dtype)
-    x, y = (
-        torch.randn(40, 12, dtype=dtype) * torch.logspace(-1, 2, 40, dtype=dtype).unsqueeze(1),
-        torch.randint(3, (40,)),
-    )
+    with torch.device("cpu"):
+        modules = [module for n, m in itertools.pairwise(widths) for module in (nn.Linear(n, m), activation())]
+        x = torch.randn(40, 12, dtype=dtype) * torch.logspace(-1, 2, 40, dtype=dtype).unsqueeze(1)
+        y = torch.randint(3, (40,))
+    device = torch.get_default_device()
+    model, x, y = nn.Sequential(*modules[:-1]).to(device, dtype), x.to(device), y.to(device)
     found = evaluate_inequality(model, x, y, method="krylov")
     exact = evaluate_inequality(copy.deepcopy(model).double(), x.double(), y, method="dense")
     rounding = 1e-5 if dtype == torch.float32 else 1e-10
     for bracket, layer in zip(found.layers[1:], exact.layers[1:], strict=True):
         assert (bracket.jacobian_norm <= layer.jacobian_norm * (1 + rounding)).all()
         assert (layer.jacobian_norm <= bracket.jacobian_norm_upper * (1 + rounding)).all()
-        narrow = bracket.jacobian_norm >= 0.95 * bracket.jacobian_norm_upper
-        if dtype == torch.float64:
-            assert narrow.all()
-        else:  # a saturated sample has hardly a direction left, and rounding hides a part of the start that is as small
-            assert narrow.double().mean() >= 0.95
+        assert (bracket.jacobian_norm >= 0.95 * bracket.jacobian_norm_upper).all()
         ref.assert_close(bracket.product_norm, layer.product_norm, 0.05)
 
 

@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from gradpen import InputGradPenalty, ParamGradPenalty, PenalizedLoss, evaluate_inequality
 from gradpen._graph import EDGES_KEEP_PYTHON_NODES
+from gradpen.layer_norms import default_budget
 
 MB = 10**6
 
@@ -71,6 +72,19 @@ def test_a_prefix_without_parts_is_taken_in_parts_where_jacobians_are_explicit()
     whole, parts = (evaluate_inequality(model, x, y, method="dense", memory_budget=size) for size in (2**26, 2**15))
     assert len(whole.layers) == 2
     torch.testing.assert_close(parts.lhs, whole.lhs, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("free", "reserved", "allocated", "budget"),
+    [(2**34, 0, 0, 2**30), (2**30, 0, 0, 2**28), (2**20, 2**31, 2**30, 2**28 + 2**18), (2**20, 0, 0, 2**26)],
+    ids=["plenty", "a quarter", "cached by torch", "hardly any"],
+)
+def test_the_budget_on_a_gpu_is_a_quarter_of_what_is_free(free, reserved, allocated, budget, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2**36))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated)
+    assert default_budget(torch.device("cuda")) == budget
+    assert default_budget(torch.device("cpu")) == 2**26
 
 
 @pytest.mark.skipif(not EDGES_KEEP_PYTHON_NODES, reason="this torch computes a gradient of the input for nobody")

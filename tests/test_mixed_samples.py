@@ -383,10 +383,16 @@ class WithMean(nn.Module):
 
 
 @pytest.mark.parametrize("batch", [2, 3, 256])
-@pytest.mark.parametrize(("share", "dtype", "autocast"), [(1e-3, torch.float32, False), (0.3, torch.float32, True)])
+@pytest.mark.parametrize(
+    ("share", "dtype", "autocast"),
+    [(1e-3, torch.float32, False), (0.1, torch.float32, True), (0.3, torch.float32, True)],
+)
 def test_a_little_mixing_is_seen(share, dtype, autocast, batch):
     torch.manual_seed(1)
-    model, x, y = WithMean(share), torch.randn(batch, 8), torch.randint(3, (batch,))
+    with torch.device("cpu"):
+        model, x, y = WithMean(share), torch.randn(batch, 8), torch.randint(3, (batch,))
+    device = torch.get_default_device()
+    model, x, y = model.to(device), x.to(device), y.to(device)
     with (
         torch.autocast(torch.get_default_device().type, torch.bfloat16, enabled=autocast),
         pytest.raises(RuntimeError, match="mixes the samples"),
