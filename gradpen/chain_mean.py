@@ -33,7 +33,7 @@ from gradpen.chain_norms import (
     total_norm,
 )
 from gradpen.dense_chain import DenseChain
-from gradpen.finite_difference import derived_once
+from gradpen.known_gradients import derived_once
 
 
 class Difference(NamedTuple):

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from gradpen._graph import GraphWalk, differentiate, edge_of, reached_around, walk_graph
-from gradpen._numerics import divide_or_zero, is_at_hand, row_sq_norm, total_sq_norm
+from gradpen._numerics import divide_or_zero, row_sq_norm, total_sq_norm
+from gradpen.known_gradients import with_gradients
 from gradpen.recording import call_with, float_tensors, map_floats
 
 SCHEMES = ("forward", "backward", "central")
@@ -201,7 +202,7 @@ def with_known_gradient(
     places: list[Any] = [*sources, *along]
     gradients = differentiate(loss, places)
     used = [(source, g) for source, g in zip(sources, gradients, strict=False) if g is not None]
-    replayed = _Replay.apply(loss.detach(), [g for _, g in used], *(source for source, _ in used))
+    replayed = with_gradients(loss.detach(), [g for _, g in used], [source for source, _ in used])
     return KnownGradient(replayed, {id(source): g for source, g in used}, list(gradients[len(sources) :]))
 
 
@@ -213,42 +214,3 @@ def _are_functions_of_others(boundary: Sequence[Tensor], beside: GraphWalk) -> b
         for tensor in boundary
         for behind in [walk_graph(tensor)]
     )
-
-
-class _Replay(torch.autograd.Function):
-    """A constant that hands known gradients to its sources."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *sources: Tensor) -> Tensor:
-        ctx.save_for_backward(*gradients)  # autograd lets go of them after the backward pass, so that they need no copy
-        ctx.sources = sources
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = list(ctx.saved_tensors)
-        if not is_at_hand(grad_output) or grad_output != 1:
-            scaled = [gradient * grad_output for gradient in scaled]
-        if torch.is_grad_enabled():  # create_graph=True: the gradients must not pass for constants
-            scaled = derived_once(scaled, ctx.sources)
-        return None, None, *scaled
-
-
-def derived_once(gradients: Sequence[Tensor], sources: Sequence[Tensor]) -> list[Tensor]:
-    """Known gradients with respect to `sources`, as functions of them whose derivatives nobody knows: asking is an error."""
-    return [_DerivedOnce.apply(gradient, source) for gradient, source in zip(gradients, sources, strict=True)]
-
-
-class _DerivedOnce(torch.autograd.Function):
-    """A known gradient with respect to `source`, whose own derivative is not known."""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, source: Tensor) -> Tensor:
-        return gradient.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        raise RuntimeError(
-            "the second derivative of this loss is not there: its gradient was computed together with the penalty. Use "
-            'method="exact" with a weight > 0, or compute what is to be differentiated twice apart from the penalties'
-        )

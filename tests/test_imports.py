@@ -15,7 +15,7 @@ PACKAGE = Path(gradpen.__file__).parent
 
 FLOORS = [  # from the ground up; a folder is one entry
     {"_attributes", "_checks", "_layout", "_numerics", "_products", "_graph", "recurrence", "report"},
-    {"criteria", "recording", "spectral", "history"},
+    {"criteria", "recording", "spectral", "history", "known_gradients"},
     {"closed_form", "cotangents", "dense_chain", "finite_difference", "isolation", "plotting"},
     {"chain_norms", "gradients", "jacobians", "module_chain", "terms"},
     {"chain_mean", "mixing"},
