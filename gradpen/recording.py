@@ -125,6 +125,10 @@ def in_place_explained(inputs: Sequence[Tensor], who: str = "the model") -> Iter
 
 def call_model(model: Callable[..., Any], x: Any) -> Any:
     """``model(x)``, ``model(*x)`` for a tuple or list, ``model(**x)`` for a mapping."""
+    if isinstance(
+        x, Tensor
+    ):  # looked for first because it is found at once: what follows takes as long as a small kernel
+        return model(x)
     if isinstance(x, Mapping):
         return model(**x)
     if isinstance(x, (tuple, list)):
@@ -147,6 +151,8 @@ def map_leaves(x: Any, function: Callable[[Any], Any]) -> Any:
 
 def map_tensors(x: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """Apply `function` to every tensor of an input, leave the rest as it is."""
+    if isinstance(x, Tensor):
+        return function(x)
     return map_leaves(x, lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf)
 
 
