@@ -38,11 +38,19 @@ from gradpen.terms import GroupNorms, InputTerm, ParamTerm, Term, select_paramet
 
 
 class Evaluation(NamedTuple):
-    """The model's output, what each term came to, and the data loss if its gradient was found on the way."""
+    """What one forward pass was good for.
+
+    Attributes:
+        output: the model's.
+        norms: what each term came to.
+        data_loss: if its gradient was found on the way.
+        leaves: the tensors to be differentiated by that output, norms and data loss depend on, if they are known to be all.
+    """
 
     output: Any
     norms: list[GroupNorms]
     data_loss: Tensor | None = None
+    leaves: Sequence[Tensor] = ()
 
 
 @dataclass(frozen=True)

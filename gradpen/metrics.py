@@ -333,9 +333,11 @@ def _geometric_complexity_update(model: nn.Module, x: Any) -> tuple[Tensor, Tens
     """Sum of ‖∇_x F(x_i)‖_F² over a batch, and B."""
     asked = [(InputTerm(of="output"), as_criterion(F.cross_entropy))]  # the criterion is not looked at
     with untouched(model):
-        output, (found,), _ = evaluate_terms(model, outside_inference(x), None, asked, create_graph=False)
-    is_number = output.detach().isfinite().reshape(len(output), -1).all(1)  # the gradient of a NaN may be a number
-    values = found.sq_norms.where(is_number, torch.nan)
+        found = evaluate_terms(model, outside_inference(x), None, asked, create_graph=False)
+    is_number = (
+        found.output.detach().isfinite().reshape(len(found.output), -1).all(1)
+    )  # the gradient of a NaN may be one
+    values = found.norms[0].sq_norms.where(is_number, torch.nan)
     return values.sum(), torch.tensor(len(values), device=values.device)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gradpen import _checks, evaluation
 from gradpen.criteria import Criterion, as_criterion
 from gradpen.evaluation import Evaluation
+from gradpen.known_gradients import with_gradients
 from gradpen.recording import call_model, map_tensors, tensors_of
 from gradpen.terms import GroupNorms, InputTerm, ParameterFilter, ParamTerm, Term
 
@@ -79,10 +80,13 @@ class GradPenalty(nn.Module):
         Raises:
             ValueError: if a weight schedule returns something that is no weight.
         """
-        if torch.compiler.is_compiling():
-            return _traced().advance(self, model.training)
-        factor = self.factor_now(model.training)
-        if model.training:
+        return _traced().advance(self, model.training) if torch.compiler.is_compiling() else self.count(model.training)
+
+    def count(self, training: bool) -> float | None:
+        """`advance` in eager mode."""
+        is_left_out = training and self.num_calls % self.every_n_steps != 0
+        factor = None if is_left_out and not callable(self.weight) else self.factor_now(training)
+        if training:
             vars(self)["num_calls"] += 1  # setting an attribute of a module takes as long as a small kernel
         return factor
 
@@ -370,7 +374,7 @@ class PenalizedLoss(nn.Module):
             output = call_model(model, x)
             data_loss = self.renewed_criterion().data_loss(output, y)
             return PenalizedOutput(_of_its_own(data_loss), data_loss, _zeros(penalties, data_loss), output)
-        return self._penalised(model, x, y, factors)
+        return self._penalised(model, x, y, factors)[0]
 
     def compiled(self, **options: Any) -> Callable[..., PenalizedOutput]:
         """The objective for training loops, compiled: `torch.compile` of what is worth it.
@@ -403,11 +407,11 @@ class PenalizedLoss(nn.Module):
         def objective(model: nn.Module, x: Any, y: Any = None) -> PenalizedOutput:
             _checks.check_model(model)
             penalties = self._penalties()
-            factors = [penalty.advance(model) for penalty in penalties]
-            if any(factor is not None for factor in factors):
+            factors = [penalty.count(model.training) for penalty in penalties]
+            if factors.count(None) < len(factors):
                 numbers = [None if factor is None else float(factor) for factor in factors]  # an int is a constant
-                out: PenalizedOutput = penalised(model, x, y, numbers)
-                return out
+                out, gradients, leaves = penalised(model, x, y, numbers)
+                return PenalizedOutput(with_gradients(out[0], gradients, leaves), *out[1:]) if leaves else out
             output = call_model(model, x)
             loss = self.renewed_criterion().data_loss(output, y)
             data_loss = loss.detach().clone()
@@ -418,15 +422,36 @@ class PenalizedLoss(nn.Module):
     def _penalties(self) -> list[GradPenalty]:
         return [penalty for penalty in self.penalties if isinstance(penalty, GradPenalty)]
 
-    def _loss_alone(self, model: nn.Module, x: Any, y: Any, factors: Sequence[float | None]) -> PenalizedOutput:
-        """`_penalised`, of which nothing but the loss can be differentiated."""
+    def _loss_alone(
+        self, model: nn.Module, x: Any, y: Any, factors: Sequence[float | None]
+    ) -> tuple[PenalizedOutput, Sequence[Tensor], Sequence[Tensor]]:
+        """`_penalised`, of which nothing but the loss can be differentiated, or nothing at all, its gradients being there.
+
+        Gradients and loss in one graph need no activations to be kept in between, and one call less. On a GPU they are two:
+        CUDA graphs write over what they have returned, and gradients stay.
+
+        Returns:
+            The result, ∂loss/∂leaf, and the leaves; none of them if the loss has a graph.
+        """
         if torch.compiler.is_compiling():
             _traced().renew_criteria(self)
-        loss, *others = self._penalised(model, x, y, factors)
-        return PenalizedOutput(loss, *map_tensors(others, Tensor.detach))
+        (loss, *others), leaves = self._penalised(model, x, y, factors)
+        others = map_tensors(others, Tensor.detach)
+        if not (
+            leaves and model.training and all(leaf.is_cpu for leaf in leaves)
+        ):  # in eval mode who knows who wants them
+            return PenalizedOutput(loss, *others), (), ()
+        gradients, leaves = _traced().gradients_at_once(loss, leaves)
+        return PenalizedOutput(loss.detach(), *others), gradients, leaves
 
-    def _penalised(self, model: nn.Module, x: Any, y: Any, factors: Sequence[float | None]) -> PenalizedOutput:
-        """The objective on a step with a penalty, given what each is multiplied by now."""
+    def _penalised(
+        self, model: nn.Module, x: Any, y: Any, factors: Sequence[float | None]
+    ) -> tuple[PenalizedOutput, Sequence[Tensor]]:
+        """The objective on a step with a penalty, given what each is multiplied by now.
+
+        Returns:
+            The result, and the leaves that its loss depends on, if they are known to be all.
+        """
         compiling = torch.compiler.is_compiling()
         penalties, criterion = self._penalties(), self.renewed_criterion()
         due = [(penalty, factor) for penalty, factor in zip(penalties, factors, strict=True) if factor is not None]
@@ -452,7 +477,8 @@ class PenalizedLoss(nn.Module):
                 loss = loss + factor * term if compiling else torch.add(loss, term, alpha=factor)
         if loss is data_loss:
             loss = _of_its_own(data_loss)
-        return PenalizedOutput(loss, data_loss, values, evaluated.output)
+        by_others = any(penalty._has_own_reduce for penalty, factor in due if factor != 0)  # depends on who knows what
+        return PenalizedOutput(loss, data_loss, values, evaluated.output), () if by_others else evaluated.leaves
 
 
 def _of_its_own(data_loss: Tensor) -> Tensor:
@@ -462,7 +488,7 @@ def _of_its_own(data_loss: Tensor) -> Tensor:
 
 def _zeros(penalties: Sequence[GradPenalty], like: Tensor) -> dict[str, Tensor]:
     """R on a step that leaves all penalties out."""
-    return {penalty.name: like.new_zeros(()) for penalty in penalties}
+    return {penalty.name: torch.zeros_like(like) for penalty in penalties}
 
 
 def _evaluate_terms(

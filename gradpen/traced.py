@@ -70,6 +70,7 @@ class Known(NamedTuple):
     attributes: tuple[tuple[str, str], ...]  # (module, attribute) that a forward pass sets
     chain: tuple[Any, ...]  # a `traced_chain.ChainPlan`, if the model is a chain with formulas for all terms; else ()
     leaves: tuple[str, ...]  # the parameters of the chain
+    are_all: bool  # whether the data loss depends on nothing else that could be differentiated by
     entry: int  # which of the calls is the first layer of the chain
     are_squared: tuple[bool, ...]  # for every term, whether the chain gives squared norms
 
@@ -163,7 +164,16 @@ def _evaluate_chain(
         GroupNorms(value if create_graph else value.detach(), are_squared=squared)
         for value, squared in zip(values, known.are_squared, strict=True)
     ]
-    return Evaluation(output, norms, found[-1] if len(found) > len(norms) else None)
+    known_leaves = [leaf for leaf in leaves if leaf.requires_grad] if known.are_all else []
+    return Evaluation(output, norms, found[-1] if len(found) > len(norms) else None, known_leaves)
+
+
+def gradients_at_once(loss: Tensor, leaves: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """∂loss/∂leaf in the graph that computes the loss, and the leaves that there is one for."""
+    found = [
+        (grad, leaf) for grad, leaf in zip(_graph.differentiate(loss, leaves), leaves, strict=True) if grad is not None
+    ]
+    return [grad for grad, _ in found], [leaf for _, leaf in found]
 
 
 def advance(penalty: Any, training: bool) -> float | None:
@@ -574,6 +584,7 @@ def _known(
             attributes=attributes,
             chain=() if chain is None else tuple(chain),
             leaves=() if chain is None else tuple(chain.names),
+            are_all=chain is not None and chain.reduction is not None,
             entry=0 if chain is None else chain.calls[0],
             are_squared=() if chain is None else chain.are_squared,
         )
