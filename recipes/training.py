@@ -34,6 +34,7 @@ from models import mlp
 from objectives import penalised_loss
 from results import Summary, bound_summary, has_diverged, penalty_cost, table, write_results
 
+REFRESH = 20  # steps; drawing the progress bar at each would cost as much as a step
 EARLY_CHECKS = (1, 3, 10, 30, 100)  # steps, as the bound moves most in the first ones
 HARMLESS = (  # warnings
     ".*does not have many workers",  # slicing a tensor needs none
@@ -77,13 +78,29 @@ class Classifier(LightningModule):
         x, y = batch
         out = self.objective(self.model, x, y)
         if self.logs:
-            self._log_step(out, y)
+            self._accuracy("train").update(out.output.detach(), y)
+            if self._is_read(batch_idx):
+                self._log_step(out)
         return out.loss
 
-    def _log_step(self, out: PenalizedOutput, y: Tensor) -> None:
+    def on_train_epoch_end(self) -> None:
+        """Accuracy on the images as they were trained on."""
+        if self.logs:
+            self.log("accuracy/train", self._accuracy("train"), prog_bar=True)
+
+    def _is_read(self, batch_idx: int) -> bool:
+        """Whether a logger or the progress bar is going to read what this step logs; logging takes as long as a layer."""
+        batches = batch_idx + 1
+        return (
+            (self.global_step + 1) % self.trainer.log_every_n_steps == 0
+            or batches % REFRESH == 0
+            or batches == self.trainer.num_training_batches
+            or self.trainer.should_stop
+        )
+
+    def _log_step(self, out: PenalizedOutput) -> None:
         self.log_dict({f"penalty/{name}": value.detach() for name, value in out.penalties.items()})
         self.log("data_loss", out.data_loss.detach(), prog_bar=True)
-        self._log_accuracy("train", out.output.detach(), y)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Accuracy on the images that choose weights."""
@@ -113,8 +130,11 @@ class Classifier(LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def _accuracy(self, part: str) -> MulticlassAccuracy:
+        return cast("MulticlassAccuracy", self.accuracy[f"on_{part}"])
+
     def _log_accuracy(self, part: str, logits: Tensor, y: Tensor) -> None:
-        metric = cast("MulticlassAccuracy", self.accuracy[f"on_{part}"])
+        metric = self._accuracy(part)
         metric.update(logits, y)
         self.log(f"accuracy/{part}", metric, on_step=False, on_epoch=True, prog_bar=True, add_dataloader_idx=False)
 
@@ -248,8 +268,7 @@ def _trainer(settings: Settings, images: Images, out: Path, callbacks: list[Call
     Raises:
         UserError: on devices that are not there.
     """
-    refresh = 20  # steps; drawing the bar at each would cost as much as a step
-    bar = RichProgressBar(refresh_rate=refresh) if find_spec("rich") else TQDMProgressBar(refresh_rate=refresh)
+    bar = RichProgressBar(refresh_rate=REFRESH) if find_spec("rich") else TQDMProgressBar(refresh_rate=REFRESH)
     last = ModelCheckpoint(
         dirpath=out, filename="last", save_top_k=1, save_on_train_epoch_end=True, enable_version_counter=False
     )
