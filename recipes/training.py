@@ -34,7 +34,7 @@ from models import mlp
 from objectives import penalised_loss
 from results import Summary, bound_summary, has_diverged, penalty_cost, table, write_results
 
-REFRESH = 20  # steps; drawing the progress bar at each would cost as much as a step
+REFRESH = 20  # steps from one loss on the progress bar to the next; at each, it would cost as much as a step
 EARLY_CHECKS = (1, 3, 10, 30, 100)  # steps, as the bound moves most in the first ones
 HARMLESS = (  # warnings
     ".*does not have many workers",  # slicing a tensor needs none
@@ -83,13 +83,8 @@ class Classifier(LightningModule):
                 self._log_step(out)
         return out.loss
 
-    def on_train_epoch_end(self) -> None:
-        """Accuracy on the images as they were trained on."""
-        if self.logs:
-            self.log("accuracy/train", self._accuracy("train"), prog_bar=True)
-
     def _is_read(self, batch_idx: int) -> bool:
-        """Whether a logger or the progress bar is going to read what this step logs; logging takes as long as a layer."""
+        """Whether a logger or the progress bar is to show what this step logs: logging takes as long as a layer."""
         batches = batch_idx + 1
         return (
             (self.global_step + 1) % self.trainer.log_every_n_steps == 0
@@ -101,16 +96,20 @@ class Classifier(LightningModule):
     def _log_step(self, out: PenalizedOutput) -> None:
         self.log_dict({f"penalty/{name}": value.detach() for name, value in out.penalties.items()})
         self.log("data_loss", out.data_loss.detach(), prog_bar=True)
+        self._log_accuracy("train")  # not in on_train_epoch_end, which is called when the bar has shown the epoch's end
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Accuracy on the images that choose weights."""
         x, y = batch
-        self._log_accuracy("val", self(x), y)
+        self._accuracy("val").update(self(x), y)
+        self._log_accuracy("val")
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Accuracy of the trained network on the test images (data loader 0), training (1) and validation images (2)."""
         x, y = batch
-        self._log_accuracy(("test", "train_final", "val_final")[dataloader_idx], self(x), y)
+        part = ("test", "train_final", "val_final")[dataloader_idx]
+        self._accuracy(part).update(self(x), y)
+        self._log_accuracy(part)
 
     def configure_optimizers(self) -> Any:
         """AdamW or SGD, with one cycle of the learning rate over the whole run or without a schedule."""
@@ -133,9 +132,9 @@ class Classifier(LightningModule):
     def _accuracy(self, part: str) -> MulticlassAccuracy:
         return cast("MulticlassAccuracy", self.accuracy[f"on_{part}"])
 
-    def _log_accuracy(self, part: str, logits: Tensor, y: Tensor) -> None:
+    def _log_accuracy(self, part: str) -> None:
+        """That of the whole epoch, at its end."""
         metric = self._accuracy(part)
-        metric.update(logits, y)
         self.log(f"accuracy/{part}", metric, on_step=False, on_epoch=True, prog_bar=True, add_dataloader_idx=False)
 
 

@@ -153,6 +153,25 @@ def test_a_validation_split_is_reported(run: Run) -> None:
 TINY = ("--dataset", "digits", "--hidden", "8", "--epochs", "1", "--probe-size", "4", "--accelerator", "cpu")
 
 
+@pytest.mark.parametrize("kind", ["RichProgressBar", "TQDMProgressBar"])
+def test_the_bar_shows_the_epoch_that_has_ended(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    shown = []
+
+    class Bar(getattr(training, kind)):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            super().on_train_epoch_end(trainer, pl_module)
+            shown.append(self.get_metrics(trainer, pl_module))
+
+    monkeypatch.setattr(training, kind, Bar)
+    monkeypatch.setattr(training, "find_spec", lambda name: kind == "RichProgressBar")
+    run("--epochs", "2", "--val-size", "100", small=TINY)
+    for name in ("accuracy/train", "accuracy/val"):
+        written = [float(row[name]) for row in rows(tmp_path / "run" / "metrics.csv") if row[name]]
+        assert [float(bar[name]) for bar in shown] == pytest.approx(written)
+
+
 def test_a_run_stopped_in_its_first_epoch_cannot_be_resumed(
     run: Run, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
