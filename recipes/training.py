@@ -6,6 +6,7 @@ import csv
 import shutil
 import signal
 import warnings
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from io import StringIO
@@ -28,7 +29,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from flags import Settings, UserError, flag
 from gradpen import PenalizedLoss
 from gradpen.callbacks import InequalityMonitor
-from gradpen.penalties import PenalizedOutput
+from gradpen.penalties import GradPenalty, PenalizedOutput
 from images import ImageBatches, Images, Labelled
 from models import mlp
 from objectives import penalised_loss
@@ -64,6 +65,7 @@ class Classifier(LightningModule):
         self.objective = objective
         self.settings = settings
         self.logs = logs
+        self._penalties: dict[str, Tensor] = {}  # as computed last: a logger may come by on steps without them alone
         parts = ("train", "val", "test", "train_final", "val_final")  # the last two: after training
         self.accuracy = nn.ModuleDict(
             {f"on_{part}": MulticlassAccuracy(num_classes, average="micro") for part in parts}
@@ -79,9 +81,14 @@ class Classifier(LightningModule):
         out = self.objective(self.model, x, y)
         if self.logs:
             self._accuracy("train").update(out.output.detach(), y)
+            self._penalties |= self._computed_penalties(out)
             if self._is_read(batch_idx):
-                self._log_step(out)
+                self._log_step(out.data_loss)
         return out.loss
+
+    def on_train_epoch_start(self) -> None:
+        """What is logged goes by this epoch alone, as it does after a resume."""
+        self._penalties.clear()
 
     def _is_read(self, batch_idx: int) -> bool:
         """Whether a logger or the progress bar is to show what this step logs: logging takes as long as a layer."""
@@ -93,9 +100,14 @@ class Classifier(LightningModule):
             or self.trainer.should_stop
         )
 
-    def _log_step(self, out: PenalizedOutput) -> None:
-        self.log_dict({f"penalty/{name}": value.detach() for name, value in out.penalties.items()})
-        self.log("data_loss", out.data_loss.detach(), prog_bar=True)
+    def _computed_penalties(self, out: PenalizedOutput) -> dict[str, Tensor]:
+        """Those that the step has not left out."""
+        penalties = cast("Iterable[GradPenalty]", self.objective.penalties)
+        return {p.name: out.penalties[p.name].detach() for p in penalties if (p.num_calls - 1) % p.every_n_steps == 0}
+
+    def _log_step(self, data_loss: Tensor) -> None:
+        self.log_dict({f"penalty/{name}": value for name, value in self._penalties.items()})
+        self.log("data_loss", data_loss.detach(), prog_bar=True)
         self._log_accuracy("train")  # not in on_train_epoch_end, which is called when the bar has shown the epoch's end
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:

@@ -172,6 +172,19 @@ def test_the_bar_shows_the_epoch_that_has_ended(
         assert [float(bar[name]) for bar in shown] == pytest.approx(written)
 
 
+@pytest.mark.parametrize(("every", "before_the_first"), [(2, set()), (5, {19})])
+def test_rows_have_the_lazy_penalties_that_the_epoch_computed_last(
+    run: Run, tmp_path: Path, every: int, before_the_first: set[int]
+) -> None:
+    """Every 4th step is logged, and no 4th one is among those that compute every second penalty."""
+    run("--penalty", "both", "--every-n-steps", str(every), "--batch-size", "85", "--epochs", "2", small=TINY)
+    logged = {int(row["step"]): row for row in rows(tmp_path / "run" / "metrics.csv") if row["data_loss"]}
+    assert list(logged) == [3, 7, 11, 15, 19, 23, 27, 31]
+    for name in ("penalty/input", "penalty/param"):
+        assert {step for step, row in logged.items() if not row[name]} == before_the_first
+        assert all(float(row[name]) > 0 for step, row in logged.items() if step not in before_the_first)
+
+
 def test_a_run_stopped_in_its_first_epoch_cannot_be_resumed(
     run: Run, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
