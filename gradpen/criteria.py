@@ -89,6 +89,17 @@ class Criterion:
         """Whether f_i is known to depend on row i of the output alone: elementwise losses may broadcast rows of others."""
         return output.dim() >= 2 and self._is(_WEIGHTED_MEANS) and not self._is_hooked
 
+    def balanced(self, cotangent: Tensor, output: Tensor) -> Tensor:
+        """∂f/∂output of every sample with what rounding takes from it: (B, …), like `cotangent`.
+
+        Cross entropy does not change if all scores of a sample rise alike, so its derivatives add up to 0. Where a class is
+        all but certain, that of its score is p − 1, of which p = 1 leaves nothing; the others know it.
+        """
+        if output.dim() < 2 or not self._is(_WEIGHTED_MEANS) or self._is_hooked:
+            return cotangent
+        surest = output.argmax(1, keepdim=True)
+        return cotangent.scatter(1, surest, -cotangent.scatter(1, surest, 0.0).sum(1, keepdim=True))
+
     def scalar(self, target: Any) -> Scalar:
         """The f_i as a function of the model's output."""
         return Scalar(self.source, self.per_sample, target)

@@ -66,7 +66,10 @@ def output_cotangents(
     if known is None or not known.keeps_rows_apart(leaf):
         mixing.check_scalar_rows(f, leaf)
     (cotangent,) = torch.autograd.grad(f.sum(), leaf)
-    rows = widest_float(cotangent).reshape(f.shape[0], -1)
+    cotangent = widest_float(cotangent)
+    if known is not None:
+        cotangent = known.balanced(cotangent, output.detach())
+    rows = cotangent.reshape(f.shape[0], -1)
     scale = rows.abs().amax(1)  # first, so that nothing underflows when it is squared
     scale = scale * torch.linalg.vector_norm(divide_or_zero(rows, scale.unsqueeze(1)), dim=1)
     direction = divide_or_zero(rows, scale.unsqueeze(1)).reshape(output.shape).to(output.dtype)

@@ -408,6 +408,29 @@ def test_an_all_but_certain_sample_still_has_a_tightness():
     assert 0 < report.tightness[0] <= 1 + 1e-5
 
 
+def log_odds(output, target):
+    """Against the target: cross entropy is its softplus, which changes no tightness."""
+    of_target = F.one_hot(target, output.shape[1]).bool()
+    return output.masked_fill(of_target, -torch.inf).logsumexp(1) - output[of_target]
+
+
+@pytest.mark.parametrize("margin", [0.0, 12.0, 18.0, 80.0])  # of the last, p − 1 is 0 in float64 too
+@pytest.mark.parametrize(
+    "criterion", [F.cross_entropy, nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 0.5]))], ids=["function", "weighted"]
+)
+@pytest.mark.parametrize("of", ["classes", "probabilities", "positions"])
+def test_a_certain_sample_has_the_tightness_of_its_log_odds(of, criterion, margin):
+    model, x, y, _ = cases.find("three_layers").problem(dtype=torch.float32)
+    y = torch.zeros_like(y)
+    with torch.no_grad():
+        model[-1].bias.copy_(margin * F.one_hot(y[0], 3))
+    given = {"classes": y, "probabilities": F.one_hot(y, 3).float(), "positions": y.unsqueeze(1)}[of]
+    shaped = nn.Sequential(model, nn.Unflatten(1, (3, 1))) if of == "positions" else model
+    found = evaluate_inequality(shaped, x, given, criterion=criterion)
+    expected = evaluate_inequality(model.double(), x.double(), y, of=log_odds)
+    ref.assert_close(found.tightness, expected.tightness, 1e-4)
+
+
 # ---- which layers are in the sum ------------------------------------------------------------------------------------------
 
 IN_THE_SUM = {
