@@ -148,18 +148,22 @@ def warn_of_wrong_second_derivatives(modules: Mapping[str, nn.Module]) -> None:
 
 def check_no_batch_statistics(model: nn.Module, quantity: str) -> None:
     """BatchNorm that normalises with the batch's own statistics makes f_i depend on the other samples."""
-    check_none_mixes_samples(dict(model.named_modules()), quantity)
+    check_none_mixes_samples(dict(model.named_modules()), quantity, is_penalty=False)
 
 
-def check_none_mixes_samples(modules: Mapping[str, nn.Module], quantity: str) -> None:
-    """`check_no_batch_statistics` for the modules of a model, by name."""
+def check_none_mixes_samples(modules: Mapping[str, nn.Module], quantity: str, *, is_penalty: bool = True) -> None:
+    """`check_no_batch_statistics` for the modules of a model, by name; of penalties, one is defined for batches as well."""
     for name, module in modules.items():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
-            reason = "in training mode" if module.training else "without running statistics"
+            ways = ["replace it by GroupNorm or LayerNorm"]
+            if module.running_mean is not None:  # without them, eval mode takes the batch's, too
+                ways.insert(0, "put it into eval mode")
+            if is_penalty:
+                ways.append('use ParamGradPenalty(over="batch")')
+            reason = "without running statistics" if module.running_mean is None else "in training mode"
             raise RuntimeError(
                 f"{quantity} is defined sample by sample, but layer {name!r} ({type(module).__name__} {reason}) "
-                "mixes the samples of a batch: put it into eval mode, replace it by GroupNorm or LayerNorm, or "
-                'use ParamGradPenalty(over="batch")'
+                f"mixes the samples of a batch: {', or '.join(ways)}"
             )
 
 

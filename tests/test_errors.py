@@ -147,6 +147,22 @@ def test_batch_norm_in_training_mode_is_named(function):
     function(norm.eval(), X, Y)
 
 
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("function", [*BOTH, evaluate_inequality])
+def test_batch_norm_without_running_statistics_is_not_sent_into_eval_mode(function, mode):
+    norm = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 3)).train(mode)
+    with pytest.raises(
+        RuntimeError, match=r"'1' \(BatchNorm1d without running statistics\).*: replace it by GroupNorm"
+    ):
+        function(norm, X, Y)
+
+
+def test_of_batch_norm_the_inequality_names_no_penalty():
+    norm = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    with pytest.raises(RuntimeError, match=r"eval mode, or replace it by GroupNorm or LayerNorm$"):
+        evaluate_inequality(norm, X, Y)
+
+
 def test_batch_norm_is_refused_for_micro_batches_and_welcome_over_the_batch():
     norm = cases.batch_norm().train()
     with pytest.raises(RuntimeError, match="BatchNorm1d"):
