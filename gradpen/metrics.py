@@ -331,6 +331,7 @@ def _split_of(args: tuple[Any, ...], split: str | None) -> tuple[tuple[Any, ...]
 
 def _geometric_complexity_update(model: nn.Module, x: Any) -> tuple[Tensor, Tensor]:
     """Sum of ‖∇_x F(x_i)‖_F² over a batch, and B."""
+    _checks.check_model(model)
     asked = [(InputTerm(of="output"), as_criterion(F.cross_entropy))]  # the criterion is not looked at
     with untouched(model):
         found = evaluate_terms(model, outside_inference(x), None, asked, create_graph=False)
@@ -345,6 +346,7 @@ def _param_grad_sq_norm_update(
     model: nn.Module, x: Any, y: Any, criterion: Callable[..., Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Sum of ‖∇_θ f_i‖² over a batch, and B."""
+    _checks.check_model(model)
     with untouched(model):
         x, y = outside_inference(x), outside_inference(y)
         values = param_grad_sq_norm(model, x, y, criterion=criterion, create_graph=False)

@@ -361,6 +361,12 @@ def test_gaps_of_several_metrics_in_a_collection():
     matplotlib.pyplot.close("all")
 
 
+@pytest.mark.parametrize("metric", [GeometricComplexity, ParamGradSqNorm, InequalityTightness])
+def test_the_model_comes_first(metric):
+    with pytest.raises(TypeError, match=r"nn\.Module as model, got Tensor: .*\(model, x, y\)"):
+        metric().update(X, MODEL, Y)
+
+
 def test_errors_of_the_gap():
     with pytest.raises(TypeError, match="expected a torchmetrics Metric, got function"):
         GeneralizationGap(F.mse_loss)
