@@ -465,20 +465,28 @@ class PenalizedLoss(nn.Module):
         data_loss = evaluated.data_loss
         if data_loss is None:
             data_loss = criterion.data_loss(evaluated.output, y)
-        values, loss, norms = {}, data_loss, iter(evaluated.norms)
+        values, loss, norms, leaves = {}, data_loss, iter(evaluated.norms), evaluated.leaves
         for penalty, factor in zip(penalties, factors, strict=True):
             if factor is None:
                 values[penalty.name] = data_loss.new_zeros(())
                 continue
-            values[penalty.name] = penalty.reduce(next(norms))
+            found = next(norms)
+            if leaves and factor != 0 and _depends_on_others(penalty, found):
+                leaves = ()
+            values[penalty.name] = penalty.reduce(found)
             if factor != 0:  # what does not count may be infinite
                 term = values[penalty.name]
                 # to a compiled graph alpha is a constant, a factor is not: setting `weight` anew costs no compilation
                 loss = loss + factor * term if compiling else torch.add(loss, term, alpha=factor)
         if loss is data_loss:
             loss = _of_its_own(data_loss)
-        by_others = any(penalty._has_own_reduce for penalty, factor in due if factor != 0)  # depends on who knows what
-        return PenalizedOutput(loss, data_loss, values, evaluated.output), () if by_others else evaluated.leaves
+        return PenalizedOutput(loss, data_loss, values, evaluated.output), leaves
+
+
+def _depends_on_others(penalty: GradPenalty, norms: GroupNorms) -> bool:
+    """Whether R can perhaps be differentiated by more than its norms can be: by a `target` that is learned, say."""
+    constant = GroupNorms(norms.values.detach(), norms.sizes, norms.are_squared)
+    return penalty._has_own_reduce or penalty.reduce(constant).requires_grad
 
 
 def _of_its_own(data_loss: Tensor) -> Tensor:

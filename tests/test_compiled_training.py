@@ -130,6 +130,22 @@ class Learned(InputGradPenalty):
         return super().reduce(norms) * self.scale
 
 
+class LearnedTarget(InputGradPenalty):
+    """(‖·‖ − target)² with a target that is learned with the model."""
+
+    def __init__(self) -> None:
+        super().__init__(0.3, target=0.5)
+        self.target = nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
+
+
+def reduced_by_another_function() -> InputGradPenalty:
+    """Of the penalty, not of its class."""
+    penalty = InputGradPenalty(0.3, target=0.5)
+    mean = penalty.reduce
+    penalty.reduce = lambda norms: mean(norms) * TEMPERATURE
+    return penalty
+
+
 def learned_classes(output: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
     return F.cross_entropy(output * TEMPERATURE, target, reduction=reduction)
 
@@ -166,6 +182,8 @@ LATER: dict[str, Callable[[], tuple[PenalizedLoss, nn.Module]]] = {
         small_mlp(),
     ),
     "own_reduce": lambda: (PenalizedLoss(F.cross_entropy, Learned()), small_mlp()),
+    "learned_target": lambda: (PenalizedLoss(F.cross_entropy, LearnedTarget()), small_mlp()),
+    "another_reduce": lambda: (PenalizedLoss(F.cross_entropy, reduced_by_another_function()), small_mlp()),
     "no_chain": lambda: (
         PenalizedLoss(F.cross_entropy, InputGradPenalty(0.3)),
         nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3)).double(),
