@@ -33,7 +33,7 @@ from gradpen.chain_norms import (
     total_norm,
 )
 from gradpen.dense_chain import DenseChain
-from gradpen.known_gradients import derived_once
+from gradpen.known_gradients import derived_once, handed_out
 
 
 class Difference(NamedTuple):
@@ -255,7 +255,7 @@ class _WithKnownGradient(torch.autograd.Function):
         rows = saved_rows(ctx)
         gradient = _MeanGradient(*islice(rows, 3))
         if of_output is None and not ctx.here and not torch.is_grad_enabled() and _is_one(of_value, ctx.multiple):
-            return (None,) * 6 + tuple(gradient.leaves)  # the usual step: that was all
+            return (None,) * 6 + tuple(handed_out(gradient.leaves))  # the usual step: that was all
         norms = next(rows)
         displaced = [_Displaced(place, weight, *islice(rows, 2)) for place, weight in ctx.displaced]
         found = None
@@ -263,7 +263,7 @@ class _WithKnownGradient(torch.autograd.Function):
             if of_value is not None or any(of_norm is not None for of_norm in of_norms):
                 with torch.no_grad(), nothing_written_over((of_value, *of_norms)) as own:
                     found = _combined(gradient, norms, ctx.here, displaced, ctx.multiple, of_value, of_norms)
-                found = [own(one) for one in found]
+                found = handed_out([own(one) for one in found])
                 if torch.is_grad_enabled():
                     found = derived_once(found, ctx.leaves)
             if of_output is not None:

@@ -14,7 +14,8 @@ from gradpen._numerics import is_at_hand
 def with_gradients(value: Tensor, gradients: Sequence[Tensor], sources: Sequence[Tensor]) -> Tensor:
     """`value` as a function of the sources, whose gradients are these.
 
-    A backward pass hands them out, times its cotangent; then they belong to whoever got them, and no copy is made.
+    A backward pass hands them out, times its cotangent; then they belong to whoever got them, and no copy is made unless the
+    graph is kept.
 
     Args:
         value: 0-dim, without a graph.
@@ -35,12 +36,20 @@ class _Known(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = list(ctx.saved_tensors)
         if not is_at_hand(grad_output) or grad_output != 1:
-            scaled = [gradient * grad_output for gradient in scaled]
+            scaled = [gradient * grad_output for gradient in ctx.saved_tensors]
+        else:
+            scaled = handed_out(ctx.saved_tensors)
         if torch.is_grad_enabled():  # create_graph=True: the gradients must not pass for constants
             scaled = derived_once(scaled, ctx.sources)
         return None, None, *scaled
+
+
+def handed_out(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """Saved gradients within a backward pass, for whoever asks: their own copies if another pass may ask again."""
+    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+        return [gradient.clone() for gradient in gradients]
+    return list(gradients)
 
 
 def derived_once(gradients: Sequence[Tensor], sources: Sequence[Tensor]) -> list[Tensor]:

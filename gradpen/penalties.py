@@ -410,7 +410,8 @@ class PenalizedLoss(nn.Module):
             factors = [penalty.count(model.training) for penalty in penalties]
             if factors.count(None) < len(factors):
                 numbers = [None if factor is None else float(factor) for factor in factors]  # an int is a constant
-                out, gradients, leaves = penalised(model, x, y, numbers)
+                at_once = not torch.compiler.is_compiling()  # within another graph, which computes its gradients itself
+                out, gradients, leaves = penalised(model, x, y, numbers, at_once=at_once)
                 return PenalizedOutput(with_gradients(out[0], gradients, leaves), *out[1:]) if leaves else out
             output = call_model(model, x)
             loss = self.renewed_criterion().data_loss(output, y)
@@ -423,7 +424,7 @@ class PenalizedLoss(nn.Module):
         return [penalty for penalty in self.penalties if isinstance(penalty, GradPenalty)]
 
     def _loss_alone(
-        self, model: nn.Module, x: Any, y: Any, factors: Sequence[float | None]
+        self, model: nn.Module, x: Any, y: Any, factors: Sequence[float | None], *, at_once: bool
     ) -> tuple[PenalizedOutput, Sequence[Tensor], Sequence[Tensor]]:
         """`_penalised`, of which nothing but the loss can be differentiated, or nothing at all, its gradients being there.
 
@@ -437,9 +438,8 @@ class PenalizedLoss(nn.Module):
             _traced().renew_criteria(self)
         (loss, *others), leaves = self._penalised(model, x, y, factors)
         others = map_tensors(others, Tensor.detach)
-        if not (
-            leaves and model.training and all(leaf.is_cpu for leaf in leaves)
-        ):  # in eval mode who knows who wants them
+        at_once = at_once and model.training  # in eval mode who knows who wants them
+        if not (at_once and leaves and all(leaf.is_cpu for leaf in leaves)):
             return PenalizedOutput(loss, *others), (), ()
         gradients, leaves = _traced().gradients_at_once(loss, leaves)
         return PenalizedOutput(loss.detach(), *others), gradients, leaves

@@ -270,6 +270,35 @@ def test_some_of_the_gradients_and_batches_of_them(trained):
     torch.testing.assert_close(batched[0], scales.reshape(2, 1, 1) * expected[0])
 
 
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_within_a_compiled_function(trained, fullgraph):
+    eager, step, model, (x, y) = trained
+    within = torch.compile(lambda *args: step(*args), backend="aot_eager", fullgraph=fullgraph)
+    torch.testing.assert_close(one_step(within, model, x, y), one_step(eager, model, x, y))
+
+
+def test_a_backward_pass_that_is_compiled(trained):
+    eager, step, model, (x, y) = trained
+    expected = one_step(eager, model, x, y)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+        torch.testing.assert_close(one_step(step, model, x, y), expected)
+
+
+@pytest.mark.parametrize("kind", ["compiled", "measured", "measured_without_a_chain"])
+def test_gradients_are_not_those_of_the_next_backward_pass(kind):
+    """Whoever gets them may write to them, also if the graph is kept."""
+    (x, y), model = batch_of(), small_mlp()
+    objective = PenalizedLoss(F.cross_entropy, InputGradPenalty(0.3 if kind == "compiled" else 0.0))
+    if kind == "measured_without_a_chain":
+        model.append(nn.LayerNorm(3)).double()
+    step = objective.compiled(backend="aot_eager") if kind == "compiled" else objective
+    loss = step(model, x, y).loss
+    first = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+    kept = [gradient.clone() for gradient in first]
+    torch._foreach_zero_(first)
+    torch.testing.assert_close(list(torch.autograd.grad(loss, list(model.parameters()))), kept)
+
+
 def test_second_derivatives_are_not_zeros(trained):
     _, step, model, (x, y) = trained
     (gradient,) = torch.autograd.grad(step(model, x, y).loss, model[0].weight, create_graph=True)
