@@ -410,7 +410,8 @@ class PenalizedLoss(nn.Module):
             factors = [penalty.count(model.training) for penalty in penalties]
             if factors.count(None) < len(factors):
                 numbers = [None if factor is None else float(factor) for factor in factors]  # an int is a constant
-                at_once = not torch.compiler.is_compiling()  # within another graph, which computes its gradients itself
+                # another graph around this computes its gradients itself, and what looks for NaN does so in backward passes
+                at_once = not (torch.compiler.is_compiling() or torch.is_anomaly_enabled())
                 out, gradients, leaves = penalised(model, x, y, numbers, at_once=at_once)
                 return PenalizedOutput(with_gradients(out[0], gradients, leaves), *out[1:]) if leaves else out
             output = call_model(model, x)

@@ -284,6 +284,16 @@ def test_a_backward_pass_that_is_compiled(trained):
         torch.testing.assert_close(one_step(step, model, x, y), expected)
 
 
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_detection_of_anomalies(trained):
+    eager, step, model, (x, y) = trained
+    expected = one_step(eager, model, x, y)
+    with torch.autograd.detect_anomaly():
+        torch.testing.assert_close(one_step(step, model, x, y), expected)
+        with pytest.raises(RuntimeError, match="returned nan values"):
+            step(model, x * math.nan, y).loss.backward()
+
+
 @pytest.mark.parametrize("kind", ["compiled", "measured", "measured_without_a_chain"])
 def test_gradients_are_not_those_of_the_next_backward_pass(kind):
     """Whoever gets them may write to them, also if the graph is kept."""
