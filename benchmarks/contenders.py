@@ -116,7 +116,7 @@ def jobs() -> list[Job]:
                 *_written_out(
                     lambda: partial(written_out.penalised, input_weight=INPUT_WEIGHT, param_weight=PARAM_WEIGHT)
                 ),
-                _objective(lambda: [InputGradPenalty(INPUT_WEIGHT), ParamGradPenalty(PARAM_WEIGHT)]),
+                *_objectives(lambda: [InputGradPenalty(INPUT_WEIGHT), ParamGradPenalty(PARAM_WEIGHT)]),
             ),
         ),
         Job(

@@ -380,10 +380,11 @@ class PenalizedLoss(nn.Module):
         """The objective for training loops, compiled: `torch.compile` of what is worth it.
 
         What it returns is called as the objective is, ``(model, x, y) → PenalizedOutput``, and counts the same steps. There
-        are two differences from ``torch.compile(objective)``. Of the result `loss` alone carries a graph; so the compiler
-        makes no backward pass for anything else. And a step on which ``every_n_steps`` leaves all penalties out runs in
-        eager mode, where it is as fast on a CPU; if your plain steps gain by being compiled, as with CUDA graphs, compile
-        the objective itself.
+        are three differences from ``torch.compile(objective)``. Of the result `loss` alone carries a graph; so the compiler
+        makes no backward pass for anything else. Where a chain of dense layers is trained on a CPU under cross entropy, the
+        gradients are computed together with the loss, and ``backward()`` hands them out. And a step on which
+        ``every_n_steps`` leaves all penalties out runs in eager mode, where it is as fast on a CPU; if your plain steps gain
+        by being compiled, as with CUDA graphs, compile the objective itself.
 
         Args:
             **options: as `torch.compile` takes them; ``fullgraph`` is True unless said otherwise.
