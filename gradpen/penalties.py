@@ -80,10 +80,9 @@ class GradPenalty(nn.Module):
         Raises:
             ValueError: if a weight schedule returns something that is no weight.
         """
-        return _traced().advance(self, model.training) if torch.compiler.is_compiling() else self.count(model.training)
-
-    def count(self, training: bool) -> float | None:
-        """`advance` in eager mode."""
+        training = model.training
+        if torch.compiler.is_compiling():
+            return _traced().advance(self, training)
         is_left_out = training and self.num_calls % self.every_n_steps != 0
         factor = None if is_left_out and not callable(self.weight) else self.factor_now(training)
         if training:
@@ -408,12 +407,10 @@ class PenalizedLoss(nn.Module):
         def objective(model: nn.Module, x: Any, y: Any = None) -> PenalizedOutput:
             _checks.check_model(model)
             penalties = self._penalties()
-            factors = [penalty.count(model.training) for penalty in penalties]
-            if factors.count(None) < len(factors):
+            factors = [penalty.advance(model) for penalty in penalties]
+            if any(factor is not None for factor in factors):
                 numbers = [None if factor is None else float(factor) for factor in factors]  # an int is a constant
-                # another graph around this computes its gradients itself, and what looks for NaN does so in backward passes
-                at_once = not (torch.compiler.is_compiling() or torch.is_anomaly_enabled())
-                out, gradients, leaves = penalised(model, x, y, numbers, at_once=at_once)
+                out, gradients, leaves = penalised(model, x, y, numbers, at_once=_traced().is_backward_pass_free())
                 return PenalizedOutput(with_gradients(out[0], gradients, leaves), *out[1:]) if leaves else out
             output = call_model(model, x)
             loss = self.renewed_criterion().data_loss(output, y)

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import compiled_autograd
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.variables.base import VariableTracker
 from torch._guards import TracingContext
@@ -166,6 +167,16 @@ def _evaluate_chain(
     ]
     known_leaves = [leaf for leaf in leaves if leaf.requires_grad] if known.are_all else []
     return Evaluation(output, norms, found[-1] if len(found) > len(norms) else None, known_leaves)
+
+
+def is_backward_pass_free() -> bool:
+    """Whether nobody has plans for the backward pass: a graph around this one, whoever looks for NaN, compiled autograd."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.is_anomaly_enabled()
+        or torch._dynamo.config.compiled_autograd
+        or compiled_autograd.compiled_autograd_enabled
+    )
 
 
 def gradients_at_once(loss: Tensor, leaves: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

@@ -280,7 +280,7 @@ def test_within_a_compiled_function(trained, fullgraph):
 def test_a_backward_pass_that_is_compiled(trained):
     eager, step, model, (x, y) = trained
     expected = one_step(eager, model, x, y)
-    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+    with torch._dynamo.config.patch(compiled_autograd=True):
         torch.testing.assert_close(one_step(step, model, x, y), expected)
 
 
