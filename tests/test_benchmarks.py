@@ -275,7 +275,7 @@ def test_steps_of_a_gpu_are_measured_beside_the_plain_one(work):
 @pytest.mark.usefixtures("without_compiler")
 @pytest.mark.parametrize("message", ["no compiler\nat all", ""])
 def test_what_does_not_compile_says_so(work, monkeypatch, message):
-    def fails(*args):
+    def fails(*args, **kwargs):
         raise AssertionError(message)
 
     monkeypatch.setattr(torch, "compile", lambda function, **_: fails)

@@ -27,11 +27,9 @@ FOR_TRAINING: dict[str, Callable[[], list[GradPenalty]]] = {
     "lazy": lambda: [InputGradPenalty(0.3, every_n_steps=3)],
     "two_lazy": lambda: [InputGradPenalty(0.3, every_n_steps=2), ParamGradPenalty(0.1, every_n_steps=3)],
     "any_schedule": lambda: [ParamGradPenalty(lambda step: math.exp(-step) + 1 + math.sin(step))],
-    "measured": lambda: [InputGradPenalty(0.0), ParamGradPenalty(0.0)],
-    "difference": lambda: [ParamGradPenalty(0.1, over="batch", method="finite_difference")],
     "none": list,
 }
-GRAPHS = {"lazy": 1, "two_lazy": 3, "any_schedule": 2, "measured": 1, "difference": 1, "none": 0}
+GRAPHS = {"lazy": 1, "two_lazy": 3, "any_schedule": 2, "none": 0}
 
 
 @pytest.mark.parametrize("name", FOR_TRAINING)
