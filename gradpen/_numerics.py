@@ -78,7 +78,7 @@ def widest_row_sq_norm(tensor: Tensor) -> Tensor:
 
 def is_at_hand(tensor: Tensor) -> bool:
     """Whether the host can look at a tensor's entries without waiting for another device."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():  # there are no entries yet
         return False
     if type(tensor) is not Tensor or not tensor.is_cpu:  # subclasses may have no entries at all
         return False

@@ -335,9 +335,8 @@ def _geometric_complexity_update(model: nn.Module, x: Any) -> tuple[Tensor, Tens
     asked = [(InputTerm(of="output"), as_criterion(F.cross_entropy))]  # the criterion is not looked at
     with untouched(model):
         found = evaluate_terms(model, outside_inference(x), None, asked, create_graph=False)
-    is_number = (
-        found.output.detach().isfinite().reshape(len(found.output), -1).all(1)
-    )  # the gradient of a NaN may be one
+    output = found.output.detach()
+    is_number = output.isfinite().reshape(len(output), -1).all(1)  # the gradient of a NaN may be a number
     values = found.norms[0].sq_norms.where(is_number, torch.nan)
     return values.sum(), torch.tensor(len(values), device=values.device)
 

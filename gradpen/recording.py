@@ -125,9 +125,7 @@ def in_place_explained(inputs: Sequence[Tensor], who: str = "the model") -> Iter
 
 def call_model(model: Callable[..., Any], x: Any) -> Any:
     """``model(x)``, ``model(*x)`` for a tuple or list, ``model(**x)`` for a mapping."""
-    if isinstance(
-        x, Tensor
-    ):  # looked for first because it is found at once: what follows takes as long as a small kernel
+    if isinstance(x, Tensor):  # found at once; to look for the others takes as long as a small kernel
         return model(x)
     if isinstance(x, Mapping):
         return model(**x)
